@@ -10,22 +10,24 @@ import hypothesis
 import numpy as np
 import pytest
 from hypothesis import strategies as st
+from numpy.random import default_rng
 from numpy.testing import assert_allclose, assert_array_equal
 
 from sparsity_jax import budgets, tables
 
 FILE = "07_rounds_and_cap.npz"
+GOLDEN = golden_data.load(FILE)
 SIZES = {"conv1": 16, "stage1/conv1": 40, "stage1/conv2": 40, "stage2/conv1": 100, "tiny": 1}
 
 
 @pytest.fixture(scope="module")
 def golden():
-    return golden_data.load(FILE)
+    return GOLDEN
 
 
 def random_scores(seed=0, sizes=SIZES, levels=None):
     """Scores by name; with `levels`, integers below it, hence many ties."""
-    rng = np.random.default_rng(seed)
+    rng = default_rng(seed)
     draw = (
         rng.random if levels is None else lambda size: rng.integers(0, levels, size).astype(float)
     )
@@ -140,9 +142,7 @@ HYPER = golden_data.hyper(FILE)
 ROUNDS = golden_data.parts(FILE, r"rounds/([^/]+)/(\w+)/round0/")
 RESIDUAL = golden_data.parts(FILE, r"rounds/([^/]+)/(\w+)/round0/prune_fraction_requested")
 DEPTHWISE = [
-    case
-    for case in ROUNDS
-    if golden_data.is_mobilenet(golden_data.load(FILE)[f"rounds/{case[0]}/param_names"])
+    case for case in ROUNDS if golden_data.is_mobilenet(GOLDEN[f"rounds/{case[0]}/param_names"])
 ]
 
 
@@ -313,7 +313,7 @@ def reference(scores, ratio, alive, counts, floors, excluded):
 def problems(draw):
     sizes = draw(st.lists(st.integers(1, 30), min_size=1, max_size=5))
     names = draw(st.permutations([f"layer{i}" for i in range(len(sizes))]))
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    rng = default_rng(draw(st.integers(0, 2**32 - 1)))
     scores = random_scores(
         draw(st.integers(0, 9)), dict(zip(names, sizes)), draw(st.sampled_from([None, 2, 5]))
     )
@@ -495,7 +495,7 @@ def test_rounding_by_hand():
 @hypothesis.given(problems(), st.sampled_from([1, 2, 4, 8, 16]))
 def test_rounding_properties(problem, multiple):
     scores, _, alive, *_ = problem
-    rng = np.random.default_rng(0)
+    rng = default_rng(0)
     keep = {name: mask & (rng.random(mask.size) < 0.7) for name, mask in alive.items()}
     hypothesis.assume(all(mask.any() for mask in keep.values()))
     rounded = budgets.round_to_multiple(keep, scores, multiple, alive=alive)

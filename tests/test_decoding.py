@@ -10,6 +10,7 @@ import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+from numpy.random import default_rng
 from numpy.testing import assert_array_equal
 from PIL import Image, ImageOps
 
@@ -38,7 +39,7 @@ SUFFIX_OF = {
 
 def smooth(height=33, width=46):
     """A colour image without fine detail."""
-    coarse = np.random.default_rng(0).integers(0, 256, (5, 6, 3), np.uint8)
+    coarse = default_rng(0).integers(0, 256, (5, 6, 3), np.uint8)
     return Image.fromarray(cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC))
 
 
@@ -142,7 +143,7 @@ SIDES = st.integers(1, 12)
 )
 def test_greys_of_any_maximum_are_scaled(kind, height, width, maximum, seed):
     """PBM, PGM and PPM, plain and binary, against the definition and Pillow."""
-    rng, colour = np.random.default_rng(seed), kind in (3, 6)
+    rng, colour = default_rng(seed), kind in (3, 6)
     maximum = 1 if kind in (1, 4) else maximum
     values = rng.integers(0, maximum + 1, (height, width, 3 if colour else 1))
     size = b"# a comment\n%d %d\n" % (width, height)
@@ -194,7 +195,7 @@ SIDE = st.integers(1, 90)
 @hypothesis.given(SIDE, SIDE, SIDE, SIDE, st.sampled_from([(), (3,)]), st.integers(0, 9))
 def test_every_shape_is_resized_as_by_pillow(rows, columns, height, width, channels, seed):
     """Of noise, black and white, whichever axes shrink: no other average comes near."""
-    image = 255 * np.random.default_rng(seed).integers(0, 2, (rows, columns, *channels), np.uint8)
+    image = 255 * default_rng(seed).integers(0, 2, (rows, columns, *channels), np.uint8)
     known = np.asarray(
         Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
     ).astype(int)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from numpy.random import default_rng
 from numpy.testing import assert_allclose, assert_array_equal
 
 from sparsity_jax import masks, polytopes, trees
@@ -51,12 +52,7 @@ FUNCTIONS = {
 }
 
 
-quick = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-)  # run a few times only
-
-
-@quick
+@jax.jit
 def every_product(x, v):
     return {name: jax.jvp(function, (x,), (v,)) for name, function in FUNCTIONS.items()}
 
@@ -66,7 +62,7 @@ def weighted(function, x):
     return jnp.sum(value * jnp.arange(1, 1 + value.size).reshape(value.shape))
 
 
-@quick
+@jax.jit
 def every_gradient(x):
     return {
         name: jax.grad(functools.partial(weighted, function))(x)
@@ -74,13 +70,13 @@ def every_gradient(x):
     }
 
 
-every_value = quick(lambda x: {name: function(x) for name, function in FUNCTIONS.items()})
+every_value = jax.jit(lambda x: {name: function(x) for name, function in FUNCTIONS.items()})
 
 
 @hypothesis.given(seeds)
 @hypothesis.settings(max_examples=15)
 def test_derivatives_equal_finite_differences(seed):
-    rng = np.random.default_rng(seed)
+    rng = default_rng(seed)
     with jax.enable_x64(True):
         x, v = jnp.asarray(rng.normal(size=SIZE)), jnp.asarray(rng.normal(size=SIZE))
         above, below = every_value(x + 1e-6 * v), every_value(x - 1e-6 * v)
@@ -103,7 +99,7 @@ def test_the_projection_has_its_exact_derivative(seed, k, radius):
     """On its face: free entries move with their mean change removed, full and zero ones not at
     all.
     """
-    rng = np.random.default_rng(seed)
+    rng = default_rng(seed)
     x, v, u = rng.normal(size=(3, SIZE))
     with jax.enable_x64(True):
         value, along, back = project(x, v, u, k, radius)
@@ -135,7 +131,7 @@ of_optax = products(optax.projections.projection_l1_ball)
 @hypothesis.given(seeds, st.floats(0.1, 3))
 @hypothesis.settings(max_examples=20)
 def test_the_l1_projection_and_its_derivative_equal_those_of_optax(seed, radius):
-    x, v, u = np.random.default_rng(seed).normal(size=(3, SIZE))
+    x, v, u = default_rng(seed).normal(size=(3, SIZE))
     with jax.enable_x64(True):
         for ours, theirs in zip(one_sparse(x, v, u, radius), of_optax(x, v, u, radius)):
             assert_allclose(ours, theirs, atol=1e-9)

@@ -23,7 +23,6 @@ from sparsity_jax import (
     removal,
     stages,
     structured,
-    tables,
     train,
     trees,
 )
@@ -231,9 +230,7 @@ def test_ratios_and_picks_of_another_run(problem, tmp_path, monkeypatch):
         settings("remove", inherit=str(tmp_path / "half")).check_network(problem, 1)
     with tiny.refused("inherit"):
         settings("remove", inherit=str(tmp_path / "none")).check_network(problem, 1)
-    with pytest.raises(
-        tables.ConfigError, match=r"mask of dense1/kernel has the shape \(64, 12\); allowed: \(64"
-    ):
+    with tiny.complains(r"mask of dense1/kernel has the shape \(64, 12\); allowed: \(64"):
         settings("remove", inherit=str(tmp_path / "other")).check_network(
             tiny.problem(widths=(7,)), 1
         )
@@ -393,7 +390,7 @@ def test_noise_on_no_array_is_refused_before_training(problem):
     with tiny.refused("parameters", ".*/kernle", "fc/kernel"):
         settings("noise", parameters=".*/kernle").check_network(problem, 1)
     config = tiny.config("fit", "noise", noise=pipeline.stage("noise", parameters=".*/kernle"))
-    with pytest.raises(tables.ConfigError, match=r"config.noise.parameters"):
+    with tiny.complains(r"config.noise.parameters"):
         pipeline.build(pipeline.check(config))
 
 
@@ -495,16 +492,7 @@ def test_a_pruned_network_is_not_called_by_the_name_of_the_one_before(names, lab
             dict(ratios="[0:0.5]", pick="mni"),
             ("config.x.pick", "mni", "min"),
         ),
-    ],
-)
-def test_options_that_do_not_fit(fields, refusal):
-    with tiny.refused(*refusal):
-        settings("remove", **fields)
-
-
-@pytest.mark.parametrize(
-    ("fields", "refusal"),
-    [
+        # of the network
         (
             dict(ratios="[0,0.5,0]"),
             ("ratios", "[0,0.5,0]"),
@@ -530,13 +518,13 @@ def test_options_that_do_not_fit(fields, refusal):
         ),
     ],
 )
-def test_ratios_that_do_not_fit_the_network(problem, fields, refusal):
+def test_options_that_do_not_fit(problem, fields, refusal):
     with tiny.refused(*refusal):
         settings("remove", **fields).check_network(problem, 1)
 
 
 def test_limits_that_are_never_reached():
-    with pytest.raises(tables.ConfigError, match=r"granularity_prune"):
+    with tiny.complains(r"granularity_prune"):
         settings("grow", ratios="[0:0.5]", **FAST | dict(granularity_prune=0.0))
-    with pytest.raises(tables.ConfigError, match="method is 'greg3'"):
+    with tiny.complains("method is 'greg3'"):
         settings("grow", ratios="[0:0.5]", method="greg3", **FAST)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax import lax
+from jax import jit, lax
 from numpy.testing import assert_allclose, assert_array_equal
 from test_models import TINY
 
@@ -66,9 +66,6 @@ CHANNELS = {
 # neighbouring channels.
 WHOLE = {"alexnet_cifar": ("params/conv1/kernel", "params/conv2/kernel")}
 KEY = jax.random.key(0)
-jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-)  # compiles twice as fast
 
 
 @functools.cache
@@ -310,7 +307,7 @@ def test_mask_under_jit_and_vmap():
     channels = traced("densenet")
     chosen = [keeps(channels, seed) for seed in (1, 2)]
     stacked = jax.tree.map(lambda *own: jnp.stack(own), *chosen)
-    masks = jax.jit(jax.vmap(lambda keep: groups.mask(variables, channels, keep)))(stacked)
+    masks = jit(jax.vmap(lambda keep: groups.mask(variables, channels, keep)))(stacked)
     for i, keep in enumerate(chosen):
         expected = groups.mask(variables, channels, keep)
         jax.tree.map(assert_array_equal, expected, jax.tree.map(lambda leaf, i=i: leaf[i], masks))
@@ -325,7 +322,7 @@ def test_other_batches_and_types():
     run = groups.elastic(apply, channels, keep)
     several = np.concatenate([images, 2 * images[:1]])
     close(jit(apply)(groups.mask(variables, channels, keep), several), jit(run)(small, several))
-    vmapped = jax.jit(jax.vmap(run, (None, 0)))(small, several[:, None])
+    vmapped = jit(jax.vmap(run, (None, 0)))(small, several[:, None])
     close(jit(run)(small, several), vmapped[:, 0])
     with pytest.raises(ValueError, match=r"has shape .* the compact variables have"):
         run(variables, images)
@@ -639,7 +636,7 @@ HOSTILE = {
         (),
     ),
     "outputs that are inputs": (lambda v, x: (hidden(v, x) @ v["out"], v["b"], x), (6,)),
-    "ignored": (lambda v, x: jax.jit(lambda v, x: x)(v, x), ()),
+    "ignored": (lambda v, x: jit(lambda v, x: x)(v, x), ()),
     # order
     "sorted": (lambda v, x: jnp.sort(hidden(v, x), 1) @ v["out"], ()),
     "sorted beside": (lambda v, x: jnp.sort(hidden(v, x), 0) @ v["out"], (6,)),

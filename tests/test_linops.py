@@ -14,9 +14,12 @@ import numpy as np
 import pytest
 import tiny
 from flax import nnx
+from numpy.random import default_rng
 from numpy.testing import assert_allclose, assert_array_equal
 
-from sparsity_jax import linops, losses, masks, tables, width
+from sparsity_jax import linops, losses, masks, width
+
+GOLDEN = golden_data.load("10_hessian.npz")
 
 SEED = st.integers(0, 2**16)
 LIKE = {"a": np.zeros((3, 4)), "b": [np.zeros(()), np.zeros(7)]}  # 20 entries
@@ -24,7 +27,7 @@ LIKE = {"a": np.zeros((3, 4)), "b": [np.zeros(()), np.zeros(7)]}  # 20 entries
 
 def dense(eigenvalues, seed=0):
     """A symmetric float64 matrix of these eigenvalues."""
-    draw = np.random.default_rng(seed).normal(size=(len(eigenvalues),) * 2)
+    draw = default_rng(seed).normal(size=(len(eigenvalues),) * 2)
     vectors = np.linalg.qr(draw)[0]
     return (vectors * np.asarray(eigenvalues)) @ vectors.T
 
@@ -41,7 +44,7 @@ def product(matrix, dtype=None):
 
 
 def spectrum(kind, size, seed=0):
-    rng = np.random.default_rng(seed)
+    rng = default_rng(seed)
     return dict(
         normal=rng.normal(size=size),
         decaying=2.0 ** -np.arange(size),
@@ -97,39 +100,37 @@ def original(golden):
 
 
 def test_hessian_of_the_original_network():
-    golden = golden_data.load("10_hessian.npz")
     with jax.enable_x64(True):
-        loss, params, data = original(golden)
+        loss, params, data = original(GOLDEN)
         flat, unflatten = jax.flatten_util.ravel_pytree(params)
         flatten = lambda tree: jax.flatten_util.ravel_pytree(tree)[0]
         matvec = jax.jit(lambda v: flatten(linops.hvp(loss, params, *data)(unflatten(v))))
         whole = lambda p: loss(unflatten(p), *data)
         all_of = jax.jit(lambda p: (whole(p), jax.grad(whole)(p), jax.hessian(whole)(p)))
         value, slope, explicit = all_of(flat)
-        assert_allclose(value, golden["loss_full"], rtol=1e-12)
-        assert_allclose(slope, golden["grad_full"], rtol=1e-9, atol=1e-11)
-        vector = golden["hvp/v"]
-        assert_allclose(matvec(vector), golden["hvp/Hv"], rtol=1e-9, atol=1e-11)
-        assert_allclose(vector @ matvec(vector), golden["hvp/vHv"], rtol=1e-9)
+        assert_allclose(value, GOLDEN["loss_full"], rtol=1e-12)
+        assert_allclose(slope, GOLDEN["grad_full"], rtol=1e-9, atol=1e-11)
+        vector = GOLDEN["hvp/v"]
+        assert_allclose(matvec(vector), GOLDEN["hvp/Hv"], rtol=1e-9, atol=1e-11)
+        assert_allclose(vector @ matvec(vector), GOLDEN["hvp/vHv"], rtol=1e-9)
         columns = jax.jit(jax.vmap(matvec))(np.eye(flat.size))
         assert np.abs(columns - explicit).max() <= 1e-10 * np.abs(explicit).max()
-        assert_allclose(columns, golden["hessian/full"], rtol=1e-9, atol=1e-11)
+        assert_allclose(columns, GOLDEN["hessian/full"], rtol=1e-9, atol=1e-11)
         assert_allclose(
-            np.linalg.eigvalsh(columns), np.sort(golden["hessian/eigenvalues"]), atol=1e-11
+            np.linalg.eigvalsh(columns), np.sort(GOLDEN["hessian/eigenvalues"]), atol=1e-11
         )
 
 
 @pytest.mark.parametrize("reorthogonalize", ["full", "host"])
 def test_ritz_values_of_the_original(reorthogonalize):
-    golden = golden_data.load("10_hessian.npz")
     with jax.enable_x64(True):
-        loss, params, data = original(golden)
+        loss, params, data = original(GOLDEN)
         unflatten = jax.jit(jax.flatten_util.ravel_pytree(params)[1])
         matvec = jax.jit(linops.hvp(loss, params, *data))
         for case in CASES:
             starts, expected = (
-                golden[f"lanczos/{case}/start"],
-                golden[f"lanczos/{case}/ritz_values"],
+                GOLDEN[f"lanczos/{case}/start"],
+                GOLDEN[f"lanczos/{case}/ritz_values"],
             )
             if case == "main":
                 hyper = golden_data.hyper("10_hessian.npz")
@@ -138,26 +139,25 @@ def test_ritz_values_of_the_original(reorthogonalize):
             run = lambda start, method=method: method(matvec, start)
             run = run if reorthogonalize == "host" else jax.jit(run)
             for start, values, weights in zip(
-                starts, expected, golden[f"lanczos/{case}/ritz_weights"]
+                starts, expected, GOLDEN[f"lanczos/{case}/ritz_weights"]
             ):
                 ours = linops.ritz(run(unflatten(start)))
                 assert_allclose(ours, (values, weights), rtol=0, atol=1e-8)
 
 
 def test_all_ritz_values_are_eigenvalues_at_full_depth():
-    golden = golden_data.load("10_hessian.npz")
     with jax.enable_x64(True):
-        loss, params, data = original(golden)
-        size = golden["hessian/eigenvalues"].size
+        loss, params, data = original(GOLDEN)
+        size = GOLDEN["hessian/eigenvalues"].size
         start = linops.rademacher(jax.random.key(0), params)
         matvec = jax.jit(linops.hvp(loss, params, *data))
         tridiagonal = linops.lanczos(size + 11)(matvec, start)
         distance = np.abs(
-            np.subtract.outer(linops.ritz(tridiagonal)[0], golden["hessian/eigenvalues"])
+            np.subtract.outer(linops.ritz(tridiagonal)[0], GOLDEN["hessian/eigenvalues"])
         )
         assert distance.min(1).max() < 1e-10
         assert distance.min(0).max() < 1e-10
-        zero = np.abs(golden["hessian/eigenvalues"]) < 1e-12
+        zero = np.abs(GOLDEN["hessian/eigenvalues"]) < 1e-12
         num_steps = zero.size - max(
             zero.sum() - 1, 0
         )  # of equal eigenvalues a Krylov space sees one
@@ -165,7 +165,7 @@ def test_all_ritz_values_are_eigenvalues_at_full_depth():
         assert not np.any(tridiagonal.alphas[num_steps:])
         other_start = linops.rademacher(jax.random.key(1), params)
         values, vectors, residuals = linops.top_eigenpairs(3, 60)(matvec, other_start)
-        assert_allclose(values, golden["power_iteration/top3"], atol=1e-10)
+        assert_allclose(values, GOLDEN["power_iteration/top3"], atol=1e-10)
         assert residuals.max() < 1e-8
         assert [leaf.shape for leaf in vectors] == [(3, *leaf.shape) for leaf in params]
 
@@ -180,7 +180,7 @@ def convex(z, x):
 
 
 def draw_params(dtype=None):
-    rng = np.random.default_rng(3)
+    rng = default_rng(3)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
     return {"in": {"w": draw(4, 5), "b": draw(5)}, "out": draw(5, 3)}, draw(6, 4)
 
@@ -246,7 +246,7 @@ run_eight = jax.jit(
 def test_quadrature_is_exact_for_polynomials(seed, kind):
     with jax.enable_x64(True):
         matrix = dense(spectrum(kind, 20, seed), seed)
-        start = np.random.default_rng(seed).normal(size=20)
+        start = default_rng(seed).normal(size=20)
         tridiagonal = run_eight(matrix, start)
         for m in (1, 3, 8):
             shorter = linops.truncate(tridiagonal, m)
@@ -273,7 +273,7 @@ def test_enclosure_contains_the_answer_and_shrinks(seed, log_scale):
     """
     with jax.enable_x64(True):
         matrix, c = dense(spectrum("semidefinite", 20, seed), seed), 10.0**log_scale
-        start = np.random.default_rng(seed).normal(size=20)
+        start = default_rng(seed).normal(size=20)
         tridiagonal = run_eight(matrix, start)
         functions = (lambda x: 1 / (1 + c * x), lambda x: np.exp(-c * x), lambda x: (x + c) ** -0.5)
         for function in functions:
@@ -293,7 +293,7 @@ def test_enclosure_contains_the_answer_and_shrinks(seed, log_scale):
 def test_bordered_rules_are_exact_and_have_the_node_asked_for(seed, node, kind):
     with jax.enable_x64(True):
         matrix = dense(spectrum(kind, 20, seed), seed)
-        start = np.random.default_rng(seed).normal(size=20)
+        start = default_rng(seed).normal(size=20)
         tridiagonal = run_eight(matrix, start)
         for m in (1, 3, 8):
             shorter = linops.truncate(tridiagonal, m)
@@ -354,7 +354,7 @@ def test_modes_agree(reorthogonalize):
     eigenvalues = spectrum("outliers", 80)
     matvec, start = (
         product(dense(eigenvalues), jnp.float32),
-        np.random.default_rng(1).normal(size=80),
+        default_rng(1).normal(size=80),
     )
     run = linops.lanczos(20, reorthogonalize=reorthogonalize)
     function = lambda x: 1 / (1 + np.abs(x))
@@ -378,7 +378,7 @@ def test_basis_is_orthonormal(reorthogonalize, tolerance, kind):
     """
     matvec = product(dense(spectrum(kind, 150)), jnp.float32)
     method = linops.Lanczos(45, reorthogonalize=reorthogonalize)
-    state = method.init(jnp.asarray(np.random.default_rng(1).normal(size=150), jnp.float32))
+    state = method.init(jnp.asarray(default_rng(1).normal(size=150), jnp.float32))
     for _ in range(45):
         state = method.step(matvec, state)
     basis = rows(state.basis, 150)[: int(state.num_steps)]
@@ -394,7 +394,7 @@ def test_basis_is_orthonormal(reorthogonalize, tolerance, kind):
 
 @pytest.mark.parametrize("reorthogonalize", sorted(linops.REORTHOGONALIZE))
 def test_exhausted_krylov_spaces(reorthogonalize):
-    start = np.random.default_rng(0).normal(size=12).astype(np.float32)
+    start = default_rng(0).normal(size=12).astype(np.float32)
     method = linops.lanczos(14, reorthogonalize=reorthogonalize)
     run = lambda matrix: method(product(matrix, jnp.float32), start)
     run = run if reorthogonalize == "host" else jax.jit(run)
@@ -421,7 +421,7 @@ def test_exhausted_krylov_spaces(reorthogonalize):
 @pytest.mark.parametrize("reorthogonalize", ["full", "none"])
 def test_loops_agree(reorthogonalize):
     matrix = dense(spectrum("normal", 20)).astype(np.float32)
-    rng = np.random.default_rng(0)
+    rng = default_rng(0)
     sign = lambda leaf: rng.choice(np.float32([-1, 1]), (3, *leaf.shape))
     starts = jax.tree.map(sign, LIKE)
     ith = lambda i: jax.tree.map(lambda leaf: leaf[i], starts)
@@ -492,7 +492,7 @@ def test_many_entries_stay_orthogonal():
     """Products summed one after the other in float32 would leave 2e-4 here, and move quadrature by
     1e-2.
     """
-    rng = np.random.default_rng(0)
+    rng = default_rng(0)
     diagonal = np.concatenate(
         [np.abs(rng.standard_cauchy(50)) * 2, 10.0 ** rng.uniform(-6, -1, 200_000)]
     )
@@ -517,7 +517,7 @@ def test_memory_without_basis(as_users_compile):
 def test_sharded_vectors_give_a_sharded_basis():
     mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(8), ("x",))
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
-    start = np.random.default_rng(0).normal(size=(4096, 5)).astype(np.float32)
+    start = default_rng(0).normal(size=(4096, 5)).astype(np.float32)
     diagonal = np.linspace(0, 1, start.size, dtype=np.float32).reshape(start.shape)
     method = linops.Lanczos(8)
     state, reference = method.init(jax.device_put(start, split)), method.init(jnp.asarray(start))
@@ -531,9 +531,7 @@ def test_sharded_vectors_give_a_sharded_basis():
 
 
 def test_lanczos_refuses():
-    with pytest.raises(
-        tables.ConfigError, match=r"reorthogonalize is 'ful'; allowed: .*Did you mean 'full'"
-    ):
+    with tiny.complains(r"reorthogonalize is 'ful'; allowed: .*Did you mean 'full'"):
         linops.lanczos(4, reorthogonalize="ful")
     with pytest.raises(ValueError, match="num_matvecs is 0"):
         linops.Lanczos(0)
@@ -576,10 +574,9 @@ def test_probes_of_unequal_depth_are_padded():
 
 @pytest.mark.parametrize("case", CASES)
 def test_density_of_the_original(case):
-    golden = golden_data.load("10_hessian.npz")
-    values, weights = golden[f"lanczos/{case}/ritz_values"], golden[f"lanczos/{case}/ritz_weights"]
+    values, weights = GOLDEN[f"lanczos/{case}/ritz_values"], GOLDEN[f"lanczos/{case}/ritz_weights"]
     names = [
-        name for name in golden if name.startswith(f"density/{case}/") and name.endswith("/density")
+        name for name in GOLDEN if name.startswith(f"density/{case}/") and name.endswith("/density")
     ]
     assert names
     for name in names:
@@ -589,8 +586,8 @@ def test_density_of_the_original(case):
         density, grid = linops.spectral_density(
             values, weights, **options | {"bins": int(options["bins"])}
         )
-        assert_allclose(density, golden[name], rtol=1e-9, atol=1e-11)
-        ends = golden[name.removesuffix("density") + "grid_first_last"]
+        assert_allclose(density, GOLDEN[name], rtol=1e-9, atol=1e-11)
+        ends = GOLDEN[name.removesuffix("density") + "grid_first_last"]
         assert_allclose(grid[[0, -1]], ends, rtol=1e-12)
 
 
@@ -598,10 +595,9 @@ def test_fine_density_of_the_original():
     """Gaussians narrower than the grid, each recovered from its two largest bins, give all others
     and no more.
     """
-    golden = golden_data.load("10_hessian.npz")
     bins, expected = (
-        golden["pipeline/density_nonzero_bins"],
-        golden["pipeline/density_nonzero_values"],
+        GOLDEN["pipeline/density_nonzero_bins"],
+        GOLDEN["pipeline/density_nonzero_values"],
     )
     grid = golden_data.fine_grid()
     variance = 1e-10 * max(1, grid[-1] - grid[0])
@@ -612,7 +608,7 @@ def test_fine_density_of_the_original():
         (x, y), ratio = grid[bins[[k, j]]], expected[k] / expected[j]
         values.append((x + y) / 2 - variance * np.log(ratio) / (y - x))
         weights.append(expected[k] * np.exp((x - values[-1]) ** 2 / (2 * variance)))
-    assert len(values) == golden["lanczos/main/ritz_values"].size
+    assert len(values) == GOLDEN["lanczos/main/ritz_values"].size
     density, ours = linops.spectral_density(np.array(values), np.array(weights) / np.sum(weights))
     assert_allclose(ours[[0, -1]], grid[[0, -1]], rtol=1e-12)
     assert_array_equal(np.flatnonzero(density), bins)
@@ -636,7 +632,7 @@ def test_density_integrates_to_one_unless_it_misses_the_grid():
 
 def test_top_eigenpairs():
     matrix = dense([*spectrum("normal", 27), 9.0, -8.0, 7.0])
-    start = jnp.asarray(np.random.default_rng(0).normal(size=30), jnp.float32)
+    start = jnp.asarray(default_rng(0).normal(size=30), jnp.float32)
     matvec = product(matrix, jnp.float32)
     values, vectors, residuals = linops.top_eigenpairs(3, 18)(matvec, start)
     assert_allclose(values, [9, -8, 7], rtol=1e-5)
@@ -745,7 +741,7 @@ def test_the_documented_split_leaves_parameters_only():
     net = nnx.jit(lambda: Mixed(nnx.Rngs(0)))()
     net.eval()
     graph, params, rest = nnx.split(net, nnx.Param, ...)
-    x = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
+    x = default_rng(0).normal(size=(6, 3)).astype(np.float32)
     loss = lambda params: jnp.mean(nnx.merge(graph, params, rest)(x) ** 2)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 3 * 4 + 4 + 2 * 4 + 4 * 2 + 2
     vector, rebuild = jax.flatten_util.ravel_pytree(params)
@@ -790,7 +786,7 @@ def test_narrow_parameters_have_curvature():
 
 
 def test_curvature_on_meshes():
-    rng = np.random.default_rng(0)
+    rng = default_rng(0)
     matrices = rng.normal(size=(2, 6, 6)).astype(np.float32)
     starts = np.sign(rng.normal(size=(2, 6))).astype(np.float32)
 

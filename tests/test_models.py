@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from numpy.random import default_rng
 from numpy.testing import assert_allclose, assert_array_equal
 from tiny import refused
 
@@ -414,12 +415,6 @@ def test_bfloat16_gives_float32_logits_and_statistics(name):
     logits, batch_stats = jax.eval_shape(model.apply_train, variables, images)
     assert shapes(batch_stats) == shapes(variables["batch_stats"])
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((logits, batch_stats)))
-
-
-@families
-def test_bfloat16_is_close_to_float32(name):
-    _, variables, images = tiny(name)
-    model = models.build(name=name, num_classes=5, dtype="bfloat16", **TINY[name][0])
     logits, expected = jax.jit(model.apply)(variables, images), tiny_logits(name)
     assert logits.dtype == jnp.float32
     assert_allclose(logits, expected, atol=0.05 * float(jnp.abs(expected).max()))
@@ -557,7 +552,7 @@ def test_batch_norm_needs_two_values_in_training():
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("side", [6, 7])
 def test_max_pool_equals_window_reduction(side, size):
-    x = np.random.default_rng(0).normal(size=(2, side, side + 2, 3)).astype(np.float32)
+    x = default_rng(0).normal(size=(2, side, side + 2, 3)).astype(np.float32)
     pools = (
         lambda x: convolutions.max_pool(x, size=size),
         lambda x: nn.max_pool(x, window_shape=(size, size), strides=(2, 2)),
@@ -721,7 +716,7 @@ def test_float64_needs_x64():
 
 def test_tanh():
     model = models.build(name="mlp", num_classes=3, widths=(4,), activation="tanh")
-    images = np.random.default_rng(0).normal(size=(2, 3)).astype(np.float32)
+    images = default_rng(0).normal(size=(2, 3)).astype(np.float32)
     variables = model.init(KEY, images)
     params = variables["params"]
     hidden = np.tanh(images @ params["dense1"]["kernel"] + params["dense1"]["bias"])

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
 from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
 
@@ -478,31 +479,19 @@ def test_states_follow_the_conventions_of_optax(name):
     assert jax.eval_shape(step, params)["empty"].shape == (0, 3)
 
 
-MESH = [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit]
-
-
-@pytest.mark.parametrize("axis", MESH, ids=["shard_map", "explicit"])
-def test_every_transformation_runs_on_a_mesh(axis):
+def test_every_transformation_runs_on_meshes():
     """In `shard_map`, each device takes its block for the whole; and with arrays on an explicit
     mesh.
     """
-    mesh = jax.make_mesh((2,), ("d",), axis_types=(axis,))
-    params = {"a": {"kernel": jnp.linspace(-0.4, 0.4, 24).reshape(8, 3)}}
-    grads = jax.tree.map(jnp.cos, params)
-    spec = jax.sharding.PartitionSpec("d")
-    halves = [jax.tree.map(lambda x, i=i: x[4 * i : 4 * i + 4], (params, grads)) for i in range(2)]
-    in_blocks = axis == jax.sharding.AxisType.Auto
-    seen = halves[0][0] if in_blocks else params
-    transformations = TRANSFORMATIONS | {  # made for the paths and shapes they see
-        "add_l2": optim.add_l2(jax.tree.map(lambda _: 0.1, seen)),
-        "growing_l2": growing.growing_l2(growing.layers(seen, {"a/kernel": 0.5}), update_every=1),
+    kernels = np.linspace(-0.4, 0.4, 24, dtype=np.float32).reshape(2, 4, 3)
+    layers = growing.layers({"a": {"kernel": kernels[0]}}, {"a/kernel": 0.5})
+    transformations = TRANSFORMATIONS | {  # made for these paths and shapes
+        "add_l2": optim.add_l2({"a": {"kernel": 0.1}}),
+        "growing_l2": growing.growing_l2(layers, update_every=1),
     }
 
-    def descend(params, grads):
-        return {name: two_steps(tx, params, grads) for name, tx in transformations.items()}
-
-    def two_steps(tx, params, grads):
-        tx = optax.with_extra_args_support(tx)
+    def two_steps(tx, params):
+        tx, grads = optax.with_extra_args_support(tx), jax.tree.map(jnp.cos, params)
 
         def step(carry, _):
             params, state = carry
@@ -511,19 +500,12 @@ def test_every_transformation_runs_on_a_mesh(axis):
 
         return jax.lax.scan(step, (params, tx.init(params)), None, length=2)[0][0]
 
-    if in_blocks:
-        blocks = jax.jit(jax.shard_map(descend, mesh=mesh, in_specs=(spec, spec), out_specs=spec))
-        found = blocks(params, grads)
-        alone = jax.jit(descend)
-        expected = jax.tree.map(lambda *x: np.concatenate(x), *(alone(*half) for half in halves))
-    else:
-        sharding = jax.NamedSharding(mesh, spec)
-        with jax.set_mesh(mesh):
-            found = jax.jit(descend)(*jax.device_put((params, grads), sharding))
-        expected = jax.jit(descend)(params, grads)
-    for name, moved in found.items():
-        a, b = (np.asarray(tree["a"]["kernel"]) for tree in (moved, expected[name]))
-        assert_allclose(a, b, rtol=1e-5, atol=1e-7, err_msg=name)
+    def descend(kernel):
+        return {
+            name: two_steps(tx, {"a": {"kernel": kernel}}) for name, tx in transformations.items()
+        }
+
+    tiny.check_on_meshes(descend, kernels)
 
 
 INJECTABLE = {

@@ -21,6 +21,7 @@ from sparsity_jax import allocate, cost, groups, masks, models, ratios, tables
 from sparsity_jax.models import vgg
 
 FILE = "09_stage_pr.npz"
+GOLDEN = golden_data.load(FILE)
 GRANULARITIES = ("filter", "channel", "weight")
 RESIDUAL = golden_data.parts(FILE, r"resnet/(\w+)/")
 SINGLE = golden_data.parts(FILE, r"single/(\w+)/")
@@ -31,7 +32,7 @@ SINGLE = golden_data.parts(FILE, r"single/(\w+)/")
 
 def golden(key):
     """(notation, skip, layers, ratios by granularity, all stored arrays of the network)."""
-    own = golden_data.load(FILE).under(key)
+    own = GOLDEN.under(key)
     text = lambda name: str(own[name][0])
     return text("stage_pr"), text("skip_layers"), own["layer_names"].tolist(), own
 
@@ -67,18 +68,16 @@ def test_layers_are_counted_as_in_the_original(key):
 
 @pytest.mark.parametrize("i", golden_data.parts(FILE, r"single_branch_parse/(\d+)/"))
 def test_ranges_of_the_original(i):
-    stored = golden_data.load(FILE)
-    expected = stored[f"single_branch_parse/{i}/ratio"]
+    expected = GOLDEN[f"single_branch_parse/{i}/ratio"]
     layers = [f"layer {j}" for j in range(len(expected))]
-    table = ratios.parse(str(stored[f"single_branch_parse/{i}/spec"][0]), layers)
+    table = ratios.parse(str(GOLDEN[f"single_branch_parse/{i}/spec"][0]), layers)
     assert_array_equal(list(table.values()), expected)
 
 
 @pytest.mark.parametrize("i", golden_data.parts(FILE, r"list_parse/(\d+)/"))
 def test_lists_of_the_original(i):
-    stored = golden_data.load(FILE)
-    items = stored[f"list_parse/{i}/items"].tolist()
-    text = str(stored[f"list_parse/{i}/spec"][0])
+    items = GOLDEN[f"list_parse/{i}/items"].tolist()
+    text = str(GOLDEN[f"list_parse/{i}/spec"][0])
     # a list of ratios begins with that of the first stage, 0; no list of places to skip does
     if items[0] == "0":
         layers = [

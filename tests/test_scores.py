@@ -16,11 +16,13 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from numpy.random import default_rng
 from numpy.testing import assert_allclose, assert_array_equal
 
-from sparsity_jax import losses, models, saliency, scores, tables, trees
+from sparsity_jax import losses, models, saliency, scores, trees
 
 FILE = "06_filter_importance.npz"
+GOLDEN = golden_data.load(FILE)
 NETS = golden_data.parts(FILE, r"(\w+)/param_names")
 HYPER = golden_data.hyper(FILE)
 
@@ -94,20 +96,19 @@ class Original(NamedTuple):
 
 
 def original(net):
-    golden = golden_data.load(FILE)
-    names = [str(name) for name in golden[f"{net}/param_names"]]
-    shapes = [golden[f"{net}/params/{name}"].shape for name in names]
+    names = [str(name) for name in GOLDEN[f"{net}/param_names"]]
+    shapes = [GOLDEN[f"{net}/params/{name}"].shape for name in names]
     paths = golden_data.paths(names, shapes)
     norms = golden_data.batch_norms(names, shapes)
     modules = golden_data.module_paths(names, shapes)
     stats = {}
     for module, path in modules.items():
         if path in norms:
-            stats[f"{path}/mean"] = golden[f"{net}/buffers/{module}.running_mean"]
-            stats[f"{path}/var"] = golden[f"{net}/buffers/{module}.running_var"]
+            stats[f"{path}/mean"] = GOLDEN[f"{net}/buffers/{module}.running_mean"]
+            stats[f"{path}/var"] = GOLDEN[f"{net}/buffers/{module}.running_var"]
 
     def stored(topic):
-        found = {name: golden.get(f"{net}/{topic}/{name}") for name in names}
+        found = {name: GOLDEN.get(f"{net}/{topic}/{name}") for name in names}
         arrays = {
             paths[name]: golden_data.from_torch(x) for name, x in found.items() if x is not None
         }
@@ -115,22 +116,21 @@ def original(net):
 
     groups = []
     for kernel, scale, bias in zip(names[:-2:3], names[1:-2:3], names[2:-2:3]):
-        size = len(golden[f"{net}/params/{scale}"])
+        size = len(GOLDEN[f"{net}/params/{scale}"])
         norm = [member(f"params/{paths[name]}", 0, size, "other") for name in (scale, bias)]
         groups.append(Group((member(f"params/{paths[kernel]}", 3, size, "producer"), *norm)))
     batches = range(len(SIZES))
-    x = np.concatenate([golden[f"{net}/x"][i][: SIZES[i]] for i in batches]).transpose(0, 2, 3, 1)
-    y = np.concatenate([golden[f"{net}/y"][i][: SIZES[i]] for i in batches])
+    x = np.concatenate([GOLDEN[f"{net}/x"][i][: SIZES[i]] for i in batches]).transpose(0, 2, 3, 1)
+    y = np.concatenate([GOLDEN[f"{net}/y"][i][: SIZES[i]] for i in batches])
     return Original(
-        stored("params"), golden_data.nest(stats), (x, y), groups, paths, stored, golden
+        stored("params"), golden_data.nest(stats), (x, y), groups, paths, stored, GOLDEN
     )
 
 
 def model(net):
-    golden = golden_data.load(FILE)
-    names = [str(name) for name in golden[f"{net}/param_names"]]
+    names = [str(name) for name in GOLDEN[f"{net}/param_names"]]
     options = golden_data.architecture(
-        names, [golden[f"{net}/params/{name}"].shape for name in names]
+        names, [GOLDEN[f"{net}/params/{name}"].shape for name in names]
     )
     return models.build(
         num_classes=num_classes(net), dtype="float64", param_dtype="float64", **options
@@ -138,7 +138,7 @@ def model(net):
 
 
 def num_classes(net):
-    return golden_data.load(FILE)[f"{net}/logits_eval"].shape[-1]
+    return GOLDEN[f"{net}/logits_eval"].shape[-1]
 
 
 def inference_loss(net, batch_stats):
@@ -297,11 +297,7 @@ def test_stored_gradients_give_the_originals_scores(net):
 
 
 def test_depthwise_filters_share_the_score_of_the_pointwise_ones_before():
-    net = next(
-        net
-        for net in NETS
-        if golden_data.is_mobilenet(golden_data.load(FILE)[f"{net}/param_names"])
-    )
+    net = next(net for net in NETS if golden_data.is_mobilenet(GOLDEN[f"{net}/param_names"]))
     with jax.enable_x64(True):
         it = original(net)
         pointwise, depthwise = it.groups[2], it.groups[3]  # five filters each
@@ -409,7 +405,7 @@ def test_an_epoch_of_training_tracks_what_the_original_tracks():
 
 def toy(dtype=jnp.float32, examples=23):
     """(loss, params, data) of a dense network of widths 3, 4, 3 classes; labels 0, 1, 2, 0, ..."""
-    rng = np.random.default_rng(0)
+    rng = default_rng(0)
     draw = lambda *shape: rng.normal(size=shape).astype(dtype)
     params = {"dense1": {"kernel": draw(3, 4), "bias": draw(4)}, "fc": {"kernel": draw(4, 3)}}
     data = {"x": draw(examples, 3), "y": np.arange(examples) % 3}
@@ -470,7 +466,7 @@ def test_tracking_leaves_the_optimizer_as_it_is():
     with pytest.raises(ValueError, match="reads the weights"):
         tracked.update(grads, both)
     for options in ({"alpha": 1.5}, {"track_batches": 0}, {"steps_per_epoch": 0}):
-        with pytest.raises(tables.ConfigError, match=next(iter(options))):
+        with tiny.complains(next(iter(options))):
             saliency.track(plain, **options)
 
 
@@ -538,9 +534,7 @@ def test_gathering_again_compiles_nothing_and_skips_what_nobody_needs():
 
 def test_misuse_of_gather_is_explained():
     loss, params, data = toy()
-    with pytest.raises(
-        tables.ConfigError, match=r"statistic is 'hg_graps'; allowed: .* Did you mean 'hg_grasp'"
-    ):
+    with tiny.complains(r"statistic is 'hg_graps'; allowed: .* Did you mean 'hg_grasp'"):
         scores.gather(loss, ("hg_graps",), 10)
     with tiny.refused("batch_size", 0):
         scores.gather(loss, ("g",), 0)
@@ -563,7 +557,7 @@ def test_misuse_of_gather_is_explained():
 
 @hypothesis.given(st.integers(0, 2**32 - 1), st.integers(1, 5), st.integers(1, 30))
 def test_class_balanced_examples_are_the_first_of_each_class(seed, num_classes, num_samples):
-    labels = np.random.default_rng(seed).integers(0, num_classes, 40)
+    labels = default_rng(seed).integers(0, num_classes, 40)
     each = num_samples // num_classes
     if each < 1 or min(list(labels).count(c) for c in range(num_classes)) < each:
         with pytest.raises(ValueError, match=f"are {each} of each class"):
@@ -593,7 +587,7 @@ def example(seed, dtype=np.float64):
     """(statistics, group): two producers, two norms (one without bias), a depthwise kernel, a
     flattened consumer.
     """
-    rng = np.random.default_rng(seed)
+    rng = default_rng(seed)
     shapes = {
         "conv1/kernel": (2, 2, 3, CHANNELS),
         "conv2/kernel": (1, 1, 4, CHANNELS + 2),  # two more filters, of another group

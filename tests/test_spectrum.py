@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from numpy.random import default_rng
 from numpy.testing import assert_allclose, assert_array_equal
 
 from sparsity_jax import linops, losses, spectrum
@@ -38,7 +39,7 @@ def loss(params, batch):
 
 def small(examples=37, dtype=jnp.float32):
     """(params, data) of the loss `smooth`."""
-    rng = np.random.default_rng(0)
+    rng = default_rng(0)
     draw = lambda *shape: rng.normal(size=shape).astype(dtype)
     params = {
         "dense1": {"kernel": draw(5, 4), "bias": draw(4)},
@@ -58,7 +59,7 @@ def smooth(params, batch):
 
 def draw_vector(params, seed=0):
     leaves, structure = jax.tree.flatten(params)
-    rng = np.random.default_rng(seed)
+    rng = default_rng(seed)
     return jax.tree.unflatten(structure, [rng.normal(size=x.shape).astype(x.dtype) for x in leaves])
 
 
@@ -368,7 +369,7 @@ def test_row_norms_are_those_of_the_explicit_hessian():
 
 
 def test_data_sets_on_meshes():
-    rng = np.random.default_rng(0)
+    rng = default_rng(0)
     inputs, weights = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 6, 4), (2, 4)))
     loss = lambda params, batch: jnp.mean(jnp.tanh(batch @ params["w"]))
 

@@ -11,6 +11,7 @@ import pytest
 import scipy.optimize
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.random import default_rng
 from numpy.testing import assert_allclose, assert_array_equal
 
 from sparsity_jax import linops, width
@@ -27,7 +28,7 @@ def quadratic(a, b, c):
 
 
 def random_spectrum(seed, size=40, zeros=0.5):
-    random = np.random.default_rng(seed)
+    random = default_rng(seed)
     return np.where(random.random(size) < zeros, 0.0, random.lognormal(0, 3, size)), random.random(
         size
     )
@@ -108,9 +109,7 @@ def test_power_law_spectrum(power, share):
 
 def test_distances_of_a_ramp():
     n = 1000
-    ramp = np.random.default_rng(0).permutation(np.arange(1.0, n + 1)) * np.where(
-        np.arange(n) % 3, 1, -1
-    )
+    ramp = default_rng(0).permutation(np.arange(1.0, n + 1)) * np.where(np.arange(n) % 3, 1, -1)
     distances = width.distances(
         {"a": {"kernel": ramp[:600].reshape(20, 30)}, "b": {"kernel": ramp[600:, None]}}
     )
@@ -155,7 +154,7 @@ def test_only_kernels_are_pruned_but_all_arrays_have_norms():
 @given(seed=st.integers(0, 10**6), epsilon=st.floats(1e-6, 1e3), size=st.integers(1, 30))
 def test_prediction_solves_its_equation(seed, epsilon, size):
     values, weights = random_spectrum(seed)
-    random = np.random.default_rng(seed)
+    random = default_rng(seed)
     distances = width.distances(
         [np.where(random.random(size) < 0.3, 0, random.normal(size=size))], scope="all"
     )
@@ -182,7 +181,7 @@ def test_ratio_falls_from_one_to_the_weight_at_zero(seed, zero_share, epsilon):
 @given(seed=st.integers(0, 10**6), factor=st.floats(1e-3, 1e3))
 def test_scales(seed, factor):
     values, weights = random_spectrum(seed)
-    kernel = np.random.default_rng(seed).normal(size=30)
+    kernel = default_rng(seed).normal(size=30)
     distances, scaled = (
         width.distances([w], scope="all") for w in (kernel, math.sqrt(factor) * kernel)
     )
@@ -267,7 +266,7 @@ class Watched(np.ndarray):
 
 def test_a_prediction_looks_up_a_few_dozen_distances():
     values, weights = random_spectrum(0, size=1000)
-    distances = width.distances([np.random.default_rng(0).laplace(size=1_000_000)], scope="all")
+    distances = width.distances([default_rng(0).laplace(size=1_000_000)], scope="all")
     watched = distances._replace(squares=distances.squares.view(Watched))
     width.predict(values, weights, watched, 0.1)
     # bisection over a million counts, then between two of them, each evaluation looks up to twice
@@ -412,9 +411,9 @@ def test_epsilon_is_the_population_deviation():
 
 
 def test_epsilon_draws_repeat_and_centre():
-    losses = np.random.default_rng(0).normal(2.0, 0.3, 400)
+    losses = default_rng(0).normal(2.0, 0.3, 400)
     draws = width.epsilon_draws(losses, 300, 7)
-    assert_array_equal(draws, width.epsilon_draws(losses, 300, np.random.default_rng(7)))
+    assert_array_equal(draws, width.epsilon_draws(losses, 300, default_rng(7)))
     assert draws.shape == (300,)
     assert draws.mean() == pytest.approx(width.epsilon(losses), rel=0.01)
     assert draws.std() == pytest.approx(0.3 / math.sqrt(2 * 400), rel=0.2)
@@ -445,7 +444,7 @@ def semidefinite(seed, size=60):
     """(eigenvalues, start vector, magnitudes): most eigenvalues are 0, the others spread over four
     decades.
     """
-    random = np.random.default_rng(seed)
+    random = default_rng(seed)
     eigenvalues = np.where(random.random(size) < 0.7, 0.0, 10 ** random.uniform(-3, 1, size))
     return (
         eigenvalues,
@@ -481,7 +480,7 @@ def test_rounding_widens_the_enclosure():
     lower, upper = zip(*bounds)
     assert np.all(np.diff(lower) < 0)
     assert np.all(np.diff(upper) > 0)
-    noise = 1e-7 * eigenvalues.max() * np.random.default_rng(0).choice([-1.0, 1.0], values.size)
+    noise = 1e-7 * eigenvalues.max() * default_rng(0).choice([-1.0, 1.0], values.size)
     assert bounds[1][0] <= width.predict(values + noise, weights, distances, 0.05)
     assert width.predict_probes(tridiagonal, distances, 0.05, operator="semidefinite")[
         1:3
@@ -508,7 +507,7 @@ def test_full_depth_closes_the_enclosure():
 
 def test_enclosure_of_the_original_network(golden, golden_distances):
     eigenvalues, epsilon = np.abs(golden["hessian/eigenvalues"]), float(golden["pipeline/epsilon"])
-    start = np.random.default_rng(0).choice([-1.0, 1.0], eigenvalues.size)
+    start = default_rng(0).choice([-1.0, 1.0], eigenvalues.size)
     run = lanczos(eigenvalues, start, HYPER["lanczos_iter"])
     found = width.predict_probes(run, golden_distances, epsilon, operator="semidefinite")
     dense = width.predict(eigenvalues, np.ones(eigenvalues.size), golden_distances, epsilon)
@@ -519,7 +518,7 @@ def test_enclosure_of_the_original_network(golden, golden_distances):
 @pytest.mark.parametrize("operator", ["semidefinite", "squared", "symmetric"])
 def test_products_of_a_matrix(operator):
     """From a matrix to the prediction by `linops` alone, in single precision."""
-    random = np.random.default_rng(0)
+    random = default_rng(0)
     rotation = np.linalg.qr(random.normal(size=(40, 40)))[0]
     eigenvalues = np.where(np.arange(40) < 28, 0.0, random.uniform(0.1, 5, 40))
     signs = 1 if operator == "semidefinite" else random.choice([-1, 1], 40)
@@ -561,7 +560,7 @@ def test_history_is_what_shorter_runs_predict():
 
 def test_probes_give_a_mean_and_its_error():
     eigenvalues, _, distances = semidefinite(0, size=400)
-    random = np.random.default_rng(1)
+    random = default_rng(1)
     runs = [lanczos(eigenvalues, random.choice([-1.0, 1.0], 400), 12) for _ in range(6)]
     found = width.predict_probes(stack(runs), distances, 0.05, operator="semidefinite")
     each = [width.predict_probes(run, distances, 0.05) for run in runs]
@@ -604,7 +603,7 @@ def test_band_adds_the_spreads():
 
 def indefinite(seed, size=60):
     eigenvalues, start, distances = semidefinite(seed, size)
-    return eigenvalues * np.random.default_rng(seed).choice([-1.0, 1.0], size), start, distances
+    return eigenvalues * default_rng(seed).choice([-1.0, 1.0], size), start, distances
 
 
 @settings(max_examples=10)
@@ -626,7 +625,7 @@ def test_a_ritz_value_at_the_peak_keeps_the_enclosure_open():
     """Of a symmetric spectrum every odd number of products has one; the border for it is beyond all
     numbers.
     """
-    half = np.random.default_rng(0).gamma(0.4, 1.0, 100)
+    half = default_rng(0).gamma(0.4, 1.0, 100)
     eigenvalues = np.concatenate([half, -half])
     found = width.history(lanczos(eigenvalues, np.ones(200), 9), UNIT, 0.1)
     dense = width.predict(eigenvalues, np.ones(200), UNIT, 0.1)
@@ -672,7 +671,7 @@ def test_absolute_enclosure_is_that_of_linear_programs(seed):
     """At the bounds' own distances no spectrum with the same moments has a lesser, or larger,
     width.
     """
-    random = np.random.default_rng(seed)
+    random = default_rng(seed)
     eigenvalues, weights = (
         random.choice([-1, 1], 80) * random.gamma(0.4, 1.0, 80),
         random.dirichlet(np.ones(80)),
@@ -697,7 +696,7 @@ def test_absolute_enclosure_is_that_of_linear_programs(seed):
 
 def test_absolute_enclosure_of_several_probes():
     eigenvalues, _, distances = indefinite(1, size=200)
-    random = np.random.default_rng(1)
+    random = default_rng(1)
     starts = [random.choice([-1.0, 1.0], 200) for _ in range(3)]
     runs = [lanczos(eigenvalues, start, m) for start, m in zip(starts, (5, 9, 7))]
     found = width.predict_probes(stack(runs), distances, 0.05)
