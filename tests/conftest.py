@@ -21,7 +21,7 @@ CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(
 os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE  # also for the command lines that tests start
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-gc.set_threshold(50_000, 20, 50)  # tracing makes millions of objects that live on
+gc.set_threshold(300_000, 20, 50)  # tracing makes millions of objects that live on
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get(
     "XLA_FLAGS", ""
 )

@@ -314,11 +314,14 @@ def test_a_removed_filter_takes_its_norm_with_it(name, options, branches):
         )
         alive[group] = mask.reshape(len(mask), -1).any(1)[layer.scored[0].index[:, 0]]
         assert alive[group].sum() == counts[group]
-    masked = {**variables, "params": masks.apply(variables["params"], kept)}
-    without = groups.mask(variables, channels, alive)
-    first, second = jax.jit(lambda a, b: (model.apply(a, images), model.apply(b, images)))(
-        masked, without
-    )
+
+    @jax.jit
+    def both(variables, kept, alive):
+        masked = {**variables, "params": masks.apply(variables["params"], kept)}
+        without = groups.mask(variables, channels, alive)
+        return model.apply(masked, images), model.apply(without, images)
+
+    first, second = both(variables, kept, alive)
     assert_allclose(first, second, atol=1e-5 * float(jnp.abs(second).max()))
 
 

@@ -73,8 +73,15 @@ def fresh(model: dict, cut_half: bool = True) -> tuple[train.Problem, train.Stat
     if cut_half:
         channels = structured.channels_of(problem)
         keep = {name: np.arange(size) % 2 == 0 for name, size in channels.sizes.items()}
-        kept = groups.mask(dict(params=state.masks, batch_stats=state.batch_stats), channels, keep)
-        params = masks.apply(state.params, kept["params"])
+
+        @jax.jit
+        def removed(state):
+            kept = groups.mask(
+                dict(params=state.masks, batch_stats=state.batch_stats), channels, keep
+            )
+            return masks.apply(state.params, kept["params"]), kept
+
+        params, kept = removed(state)
         state = state._replace(params=params, masks=kept["params"], batch_stats=kept["batch_stats"])
     return problem, state
 
