@@ -1,8 +1,7 @@
 """Settings of every test: compilation cache, 8 virtual devices, few hypothesis examples, no
 deadline for XLA.
 
-A file of tests chooses by its own constants: with OPTIMIZED = True programs are compiled as users
-compile them, with PAGES = True runs draw their reports.
+In a file of tests with PAGES = True runs draw their reports.
 """
 
 import contextlib
@@ -22,7 +21,7 @@ CACHE = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(
 os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE  # also for the command lines that tests start
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-gc.set_threshold(50_000, 20, 50)  # tracing makes millions of objects that live on
+gc.set_threshold(300_000, 20, 50)  # tracing makes millions of objects that live on
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get(
     "XLA_FLAGS", ""
 )
@@ -40,9 +39,6 @@ QUICKLY = [  # XLA_FLAGS could not choose per file
     ("xla_cpu_use_fusion_emitters", False),
     ("xla_cpu_parallel_codegen_split_count", 1),
 ]
-
-
-compiled_with: list[tuple] = []  # the options of the programs in memory
 
 
 def pytest_collection_finish():
@@ -93,18 +89,16 @@ def compiling(options: list[tuple]):
 def as_this_file_wants(request):
     """Compiles quickly, for most of a test's time is compilation, and draws no reports.
 
-    Drops compiled programs when they fill the memory, or were compiled with other options.
+    Drops compiled programs when they fill the memory.
     """
     import jax
     import tiny
 
-    options = [] if getattr(request.module, "OPTIMIZED", False) else QUICKLY
-    if options != compiled_with or resident_bytes() > KEPT:
+    if resident_bytes() > KEPT:
         jax.clear_caches()
         gc.collect()
-    compiled_with[:] = options
     drawn = getattr(request.module, "PAGES", False)
-    with compiling(options), tiny.pages(drawn), tiny.same_programs():
+    with compiling(QUICKLY), tiny.pages(drawn), tiny.same_programs():
         yield
 
 

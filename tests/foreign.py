@@ -14,23 +14,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from numpy.random import default_rng
 
 
 def image(channels=3, size=8, batch=2):
-    return np.random.default_rng(7).normal(size=(batch, size, size, channels)).astype(np.float32)
+    return default_rng(7).normal(size=(batch, size, size, channels)).astype(np.float32)
 
 
 def normal(seed, *shape):
     """Numbers whose products keep their size."""
-    return np.float32(
-        np.random.default_rng(seed).normal(size=shape) / np.sqrt(math.prod(shape[:-1]))
-    )
+    return np.float32(default_rng(seed).normal(size=shape) / np.sqrt(math.prod(shape[:-1])))
 
 
 def filled(shapes):
     """Random arrays of these shapes; vectors are positive, as variances must be."""
     leaves, tree = jax.tree.flatten(shapes)
-    vector = lambda i, leaf: np.float32(np.random.default_rng(i).uniform(0.5, 1.5, leaf.shape))
+    vector = lambda i, leaf: np.float32(default_rng(i).uniform(0.5, 1.5, leaf.shape))
     arrays = [
         normal(i, *leaf.shape) if leaf.ndim > 1 else vector(i, leaf)
         for i, leaf in enumerate(leaves)

@@ -195,8 +195,11 @@ def rule_params(names: Sequence[str], shapes: Sequence[Sequence[int]]) -> dict[s
     params = {}
     for salt, (name, shape) in enumerate(zip(names, shapes), salt_offset()):
         u = rule_uniform(math.prod(shape), salt).reshape(shape)
-        if len(shape) >= 2:
-            params[name] = (2 * u - 1) * math.sqrt(3 / math.prod(shape[1:]))
+        if len(shape) >= 2:  # in place: the largest have millions of entries
+            u *= 2
+            u -= 1
+            u *= math.sqrt(3 / math.prod(shape[1:]))
+            params[name] = u
         else:
             params[name] = 0.75 + 0.5 * u if name.endswith("weight") else 0.2 * u - 0.1
     return params

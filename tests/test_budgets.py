@@ -10,21 +10,24 @@ import hypothesis
 import numpy as np
 import pytest
 from hypothesis import strategies as st
+from numpy.random import default_rng
+from numpy.testing import assert_allclose, assert_array_equal
 
 from sparsity_jax import budgets, tables
 
 FILE = "07_rounds_and_cap.npz"
+GOLDEN = golden_data.load(FILE)
 SIZES = {"conv1": 16, "stage1/conv1": 40, "stage1/conv2": 40, "stage2/conv1": 100, "tiny": 1}
 
 
 @pytest.fixture(scope="module")
 def golden():
-    return golden_data.load(FILE)
+    return GOLDEN
 
 
 def random_scores(seed=0, sizes=SIZES, levels=None):
     """Scores by name; with `levels`, integers below it, hence many ties."""
-    rng = np.random.default_rng(seed)
+    rng = default_rng(seed)
     draw = (
         rng.random if levels is None else lambda size: rng.integers(0, levels, size).astype(float)
     )
@@ -60,13 +63,13 @@ def test_round_ratios_of_the_original(golden):
     assert cases
     for expected, ratio, rounds in cases:
         plan = budgets.round_ratios(ratio=ratio, num_rounds=rounds)
-        np.testing.assert_allclose(plan.ratios, expected, rtol=1e-15)
+        assert_allclose(plan.ratios, expected, rtol=1e-15)
         assert plan.density[-1] == pytest.approx(1 - ratio)
 
 
 def test_truncated_percentages_of_the_original(golden):
     for expected, ratio, rounds in settings(golden, "p_cumulative"):
-        np.testing.assert_array_equal(
+        assert_array_equal(
             budgets.round_ratios(ratio=ratio, num_rounds=rounds, cumulative="truncated").density,
             expected / 100,
         )
@@ -81,15 +84,15 @@ def test_manual_thresholds_of_the_original(golden):
             int(number) for number in str(golden[f"manual/{case}/spec"][0]).strip("[]").split(",")
         ]
         plan = budgets.manual_ratios(thresholds=tuple(percent / 100 for percent in percents))
-        np.testing.assert_allclose(plan.ratios, golden[f"manual/{case}/p_ratios"], rtol=1e-12)
-        np.testing.assert_allclose(plan.density, 1 - np.array(percents) / 100, rtol=1e-12)
+        assert_allclose(plan.ratios, golden[f"manual/{case}/p_ratios"], rtol=1e-12)
+        assert_allclose(plan.density, 1 - np.array(percents) / 100, rtol=1e-12)
 
 
 def test_polynomial_schedule_by_hand():
-    np.testing.assert_allclose(
+    assert_allclose(
         budgets.polynomial_ratios(ratio=0.8, num_rounds=2).density, [1 - 0.8 * 7 / 8, 0.2]
     )
-    np.testing.assert_allclose(
+    assert_allclose(
         budgets.polynomial_ratios(ratio=0.8, num_rounds=4, power=1).density, [0.8, 0.6, 0.4, 0.2]
     )
 
@@ -98,7 +101,7 @@ def test_polynomial_schedule_by_hand():
 def test_density_is_the_product_of_the_rounds(name):
     fields = dict(thresholds=(0.2, 0.5, 0.9)) if name == "manual" else dict(ratio=0.9, num_rounds=7)
     plan = budgets.schedule(name, **fields)
-    np.testing.assert_allclose(np.cumprod(1 - plan.ratios), plan.density)
+    assert_allclose(np.cumprod(1 - plan.ratios), plan.density)
     assert plan.density[-1] == pytest.approx(0.1)
     assert (plan.ratios > 0).all()
     assert (np.diff(plan.density) < 0).all()
@@ -139,9 +142,7 @@ HYPER = golden_data.hyper(FILE)
 ROUNDS = golden_data.parts(FILE, r"rounds/([^/]+)/(\w+)/round0/")
 RESIDUAL = golden_data.parts(FILE, r"rounds/([^/]+)/(\w+)/round0/prune_fraction_requested")
 DEPTHWISE = [
-    case
-    for case in ROUNDS
-    if golden_data.is_mobilenet(golden_data.load(FILE)[f"rounds/{case[0]}/param_names"])
+    case for case in ROUNDS if golden_data.is_mobilenet(GOLDEN[f"rounds/{case[0]}/param_names"])
 ]
 
 
@@ -160,14 +161,14 @@ def masks_without(stored, prefix, scores, digits):
     for layer, name in enumerate(keep):
         keep[name][stored[f"{prefix}/pruned_idx/{layer:0{digits}d}"]] = False
     removed_by_layer = [int((~mask).sum()) for mask in keep.values()]
-    np.testing.assert_array_equal(removed_by_layer, stored[f"{prefix}/n_pruned"])
+    assert_array_equal(removed_by_layer, stored[f"{prefix}/n_pruned"])
     return keep
 
 
 def assert_same(keep, expected):
     assert list(keep) == list(expected)
     for name, mask in expected.items():
-        np.testing.assert_array_equal(keep[name], mask, err_msg=name)
+        assert_array_equal(keep[name], mask, err_msg=name)
 
 
 @pytest.mark.parametrize("case", golden_data.parts(FILE, r"cap/(\d+)/"))
@@ -181,7 +182,7 @@ def test_cap_of_the_original(golden, case):
     importance = np.where(
         np.concatenate([*protected.values()]), 1e7, np.concatenate([*scores.values()])
     )
-    np.testing.assert_array_equal(golden[f"cap/{case}/importance_out"], importance)
+    assert_array_equal(golden[f"cap/{case}/importance_out"], importance)
     least = total(protected)
     for ratio in golden_data.parts(FILE, rf"cap/{case}/ratio=([\d.]+)/"):
         expected = masks_without(golden, f"cap/{case}/ratio={ratio}", scores, 1)
@@ -312,7 +313,7 @@ def reference(scores, ratio, alive, counts, floors, excluded):
 def problems(draw):
     sizes = draw(st.lists(st.integers(1, 30), min_size=1, max_size=5))
     names = draw(st.permutations([f"layer{i}" for i in range(len(sizes))]))
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    rng = default_rng(draw(st.integers(0, 2**32 - 1)))
     scores = random_scores(
         draw(st.integers(0, 9)), dict(zip(names, sizes)), draw(st.sampled_from([None, 2, 5]))
     )
@@ -494,7 +495,7 @@ def test_rounding_by_hand():
 @hypothesis.given(problems(), st.sampled_from([1, 2, 4, 8, 16]))
 def test_rounding_properties(problem, multiple):
     scores, _, alive, *_ = problem
-    rng = np.random.default_rng(0)
+    rng = default_rng(0)
     keep = {name: mask & (rng.random(mask.size) < 0.7) for name, mask in alive.items()}
     hypothesis.assume(all(mask.any() for mask in keep.values()))
     rounded = budgets.round_to_multiple(keep, scores, multiple, alive=alive)

@@ -10,6 +10,8 @@ import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+from numpy.random import default_rng
+from numpy.testing import assert_array_equal
 from PIL import Image, ImageOps
 
 from sparsity_jax import decoding, pixels
@@ -37,7 +39,7 @@ SUFFIX_OF = {
 
 def smooth(height=33, width=46):
     """A colour image without fine detail."""
-    coarse = np.random.default_rng(0).integers(0, 256, (5, 6, 3), np.uint8)
+    coarse = default_rng(0).integers(0, 256, (5, 6, 3), np.uint8)
     return Image.fromarray(cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC))
 
 
@@ -141,7 +143,7 @@ SIDES = st.integers(1, 12)
 )
 def test_greys_of_any_maximum_are_scaled(kind, height, width, maximum, seed):
     """PBM, PGM and PPM, plain and binary, against the definition and Pillow."""
-    rng, colour = np.random.default_rng(seed), kind in (3, 6)
+    rng, colour = default_rng(seed), kind in (3, 6)
     maximum = 1 if kind in (1, 4) else maximum
     values = rng.integers(0, maximum + 1, (height, width, 3 if colour else 1))
     size = b"# a comment\n%d %d\n" % (width, height)
@@ -158,7 +160,7 @@ def test_greys_of_any_maximum_are_scaled(kind, height, width, maximum, seed):
     found = decoding.decode(data)
     levels = maximum - values if kind in (1, 4) else values
     known = np.floor(levels * 255 / maximum + 0.5)
-    np.testing.assert_array_equal(found, known[..., ::-1] if colour else known[..., 0])
+    assert_array_equal(found, known[..., ::-1] if colour else known[..., 0])
     assert np.abs(found - as_pillow_reads(data).astype(int)).max() <= 1
     assert decoding.decode(data[: len(data) - len(body) + len(body) // 4]) is None
 
@@ -172,10 +174,8 @@ def test_orientation_is_that_of_exif(kind, way):
     assert decoding.orientation(data) == way
     stored = Image.open(io.BytesIO(data))
     upright = np.asarray(ImageOps.exif_transpose(stored).convert("RGB"))
-    np.testing.assert_array_equal(decoding.decode(data, upright=True)[..., ::-1], upright)
-    np.testing.assert_array_equal(
-        decoding.decode(data)[..., ::-1], np.asarray(stored.convert("RGB"))
-    )
+    assert_array_equal(decoding.decode(data, upright=True)[..., ::-1], upright)
+    assert_array_equal(decoding.decode(data)[..., ::-1], np.asarray(stored.convert("RGB")))
 
 
 @hypothesis.given(
@@ -195,7 +195,7 @@ SIDE = st.integers(1, 90)
 @hypothesis.given(SIDE, SIDE, SIDE, SIDE, st.sampled_from([(), (3,)]), st.integers(0, 9))
 def test_every_shape_is_resized_as_by_pillow(rows, columns, height, width, channels, seed):
     """Of noise, black and white, whichever axes shrink: no other average comes near."""
-    image = 255 * np.random.default_rng(seed).integers(0, 2, (rows, columns, *channels), np.uint8)
+    image = 255 * default_rng(seed).integers(0, 2, (rows, columns, *channels), np.uint8)
     known = np.asarray(
         Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
     ).astype(int)

@@ -2,20 +2,19 @@
 
 import ast
 import functools
-import importlib.util
 import json
-import pathlib
 import re
 import shlex
 import subprocess
 from unittest import mock
 
 import pytest
+import tiny
 
 from sparsity_jax import data, members, pipeline, plans, report, run, stages, tables
 from sparsity_jax.channels import execute, rules
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = tiny.ROOT
 DOCUMENTS = (
     *(
         "README.md",
@@ -47,21 +46,10 @@ FULL_VARIANTS = {  # variants that together have every field of a config
 
 def load(name: str):
     """The module of `configs/NAME.py`."""
-    spec = importlib.util.spec_from_file_location(f"config_{name}", ROOT / "configs" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return tiny.module(f"configs/{name}.py")
 
 
-def load_script(name: str):
-    """The module `experiments/NAME.py`."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "experiments" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-CLAIMS = load_script("claims")
+CLAIMS = tiny.module("experiments/claims.py")
 
 
 @pytest.mark.parametrize("study", CLAIMS.STUDIES, ids=lambda study: study.__name__)
@@ -88,7 +76,7 @@ def test_the_table_has_the_rules_of_the_report(tmp_path, capsys, monkeypatch):
             writer.append([row])
         config = dict(seed=seed, fit=dict(kind="train", rate=rate))
         (tmp_path / name / "config.json").write_text(json.dumps(config))
-    table = load_script("table")
+    table = tiny.module("experiments/table.py")
     monkeypatch.setattr("sys.argv", ["table.py", str(tmp_path), "--ratios", "0.9"])
     table.main()
     assert capsys.readouterr().out.splitlines()[2:] == [

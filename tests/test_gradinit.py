@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from numpy.random import default_rng
+from numpy.testing import assert_allclose, assert_array_equal
 
 from sparsity_jax import gradinit, losses, polytopes
 
@@ -15,7 +17,8 @@ CLOSE = dict(rtol=1e-6, atol=1e-11)
 
 
 FILE = "04_sfw_init.npz"
-NAMES = [str(name) for name in golden_data.load(FILE)["param_names"]]
+GOLDEN = golden_data.load(FILE)
+NAMES = [str(name) for name in GOLDEN["param_names"]]
 PATHS = [name.replace(".", "/") for name in NAMES]  # the last part tells a bias
 FIRST, NORM, SECOND, DENSE = dict.fromkeys(
     path.rpartition("/")[0] for path in PATHS
@@ -53,9 +56,9 @@ def golden_set(constraint, size):
 @functools.cache
 def compiled(constraint):
     """One step of the scales' optimizer; the inner learning rate is an argument."""
-    golden, hyper = golden_data.load(FILE), golden_data.hyper(FILE)
+    hyper = golden_data.hyper(FILE)
     sets = {
-        path: golden_set(constraint, golden[f"init/{name}"].size)
+        path: golden_set(constraint, GOLDEN[f"init/{name}"].size)
         for path, name in zip(PATHS, NAMES)
     }
     options = dict(
@@ -78,45 +81,45 @@ def compiled(constraint):
 
 @pytest.mark.parametrize(("constraint", "lr"), golden_data.parts(FILE, r"(\w+)/lr=([^/]+)/"))
 def test_scales_match_the_original(constraint, lr):
-    golden, hyper, case = golden_data.load(FILE), golden_data.hyper(FILE), f"{constraint}/lr={lr}"
+    hyper, case = golden_data.hyper(FILE), f"{constraint}/lr={lr}"
     assert hyper["min_scale_bias"] == 0  # not an option: biases may reach 0
     with jax.enable_x64(True):
-        params = {path: golden[f"init/{name}"] for path, name in zip(PATHS, NAMES)}
+        params = {path: GOLDEN[f"init/{name}"] for path, name in zip(PATHS, NAMES)}
         sets, step = compiled(constraint)
         ours = [(getattr(sets[path], "k", 0), sets[path].radius) for path in PATHS]
-        np.testing.assert_allclose(ours, golden[f"{case}/constraint_K_radius"], **CLOSE)
-        state, batches = gradinit.init(params), len(golden["batches/x"])
+        assert_allclose(ours, GOLDEN[f"{case}/constraint_K_radius"], **CLOSE)
+        state, batches = gradinit.init(params), len(GOLDEN["batches/x"])
         in_order = lambda tree: [tree[path] for path in PATHS]
         for i in range(hyper["iterations"]):
             numbers = [j % batches for j in range(3 * i, 3 * i + 3)]
-            x, y = ([golden[f"batches/{part}"][j] for j in numbers] for part in "xy")
+            x, y = ([GOLDEN[f"batches/{part}"][j] for j in numbers] for part in "xy")
             inner = (np.concatenate(x[:2]), np.concatenate(y[:2]))
             outer = (np.concatenate((x[0], x[2])), np.concatenate((y[0], y[2])))
             state, metrics = step(float(lr), state, inner, outer)
             before_after = [metrics.loss_before, metrics.loss_after]
-            np.testing.assert_allclose(before_after, golden[f"{case}/losses"][i], **CLOSE)
-            np.testing.assert_allclose(
-                in_order(metrics.step_sizes), golden[f"{case}/inner_step_size"][i], **CLOSE
+            assert_allclose(before_after, GOLDEN[f"{case}/losses"][i], **CLOSE)
+            assert_allclose(
+                in_order(metrics.step_sizes), GOLDEN[f"{case}/inner_step_size"][i], **CLOSE
             )
-            np.testing.assert_allclose(
+            assert_allclose(
                 in_order(metrics.inner_products),
-                golden[f"{case}/inner_product"][i],
+                GOLDEN[f"{case}/inner_product"][i],
                 rtol=1e-6,
                 atol=1e-10,
             )
-            np.testing.assert_allclose(in_order(state.scales), golden[f"{case}/alpha"][i], **CLOSE)
+            assert_allclose(in_order(state.scales), GOLDEN[f"{case}/alpha"][i], **CLOSE)
         for path, name in zip(PATHS, NAMES):
-            np.testing.assert_allclose(state.params[path], golden[f"{case}/final/{name}"], **CLOSE)
+            assert_allclose(state.params[path], GOLDEN[f"{case}/final/{name}"], **CLOSE)
     for name in golden_data.parts(
         FILE, rf"{case}/final_buffers/(.+)"
     ):  # as new; our steps have none to change
-        np.testing.assert_array_equal(
-            golden[f"{case}/final_buffers/{name}"], float(name.endswith("running_var"))
+        assert_array_equal(
+            GOLDEN[f"{case}/final_buffers/{name}"], float(name.endswith("running_var"))
         )
 
 
 def test_params_may_be_tuples():
-    rng = np.random.default_rng(0)
+    rng = default_rng(0)
     weights, bias = rng.normal(size=(6, 4)).astype(np.float32), np.full(4, 0.1, np.float32)
     batch = rng.normal(size=(64, 6)).astype(np.float32), np.arange(64) % 4
     found = []
@@ -136,7 +139,7 @@ def test_params_may_be_tuples():
             == jax.tree.structure(params)
         )
         found.append(jax.tree.leaves((state.params, metrics)))
-    jax.tree.map(np.testing.assert_array_equal, *found)
+    jax.tree.map(assert_array_equal, *found)
 
 
 def test_scales_lower_the_loss_after_a_step_and_skip_zero_arrays():
@@ -153,14 +156,12 @@ def test_scales_lower_the_loss_after_a_step_and_skip_zero_arrays():
             after.append(float(metrics.loss_after))
     assert after[-1] < 0.8 * after[0]
     assert float(state.scales["bias"]) == 1.0
-    np.testing.assert_array_equal(state.params["bias"], 0)
-    np.testing.assert_allclose(
-        state.params["kernel"], params["kernel"] * state.scales["kernel"], rtol=1e-4
-    )
+    assert_array_equal(state.params["bias"], 0)
+    assert_allclose(state.params["kernel"], params["kernel"] * state.scales["kernel"], rtol=1e-4)
 
 
 def test_scales_on_meshes():
-    rng = np.random.default_rng(0)
+    rng = default_rng(0)
     inputs, weights = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 6, 4), (2, 4)))
     step = gradinit.scale_step(
         lambda params, batch: jnp.mean(jnp.tanh(batch @ params["w"])), polytopes.KSparse(2, 1.0)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from numpy.testing import assert_allclose, assert_array_equal
 from tiny import settings
 
 from sparsity_jax import (
@@ -22,7 +23,6 @@ from sparsity_jax import (
     removal,
     stages,
     structured,
-    tables,
     train,
     trees,
 )
@@ -82,9 +82,9 @@ def test_filters_go_with_all_that_is_coupled_to_them(problem, trained):
     norms = np.abs(kernel(trained.params, "dense1")).mean(0)
     kept = np.ones(12, bool)
     kept[np.argsort(norms)[:6]] = False
-    np.testing.assert_array_equal(kernel(state.masks, "dense1").all(0), kept)
-    np.testing.assert_array_equal(state.masks["dense1"]["bias"], kept)
-    np.testing.assert_array_equal(kernel(state.masks, "dense2").any(1), kept)
+    assert_array_equal(kernel(state.masks, "dense1").all(0), kept)
+    assert_array_equal(state.masks["dense1"]["bias"], kept)
+    assert_array_equal(kernel(state.masks, "dense2").any(1), kept)
     assert kernel(state.masks, "dense2").any(0).sum() == 6
     assert kernel(state.masks, "fc").any(0).all()
     assert row["layers"] == pytest.approx(
@@ -105,9 +105,7 @@ def test_filters_go_with_all_that_is_coupled_to_them(problem, trained):
 def test_picks_by_norm(problem, trained, pick, chosen):
     state, _ = run(problem, trained, "remove", ratios="[0:0.5]", pick=pick)
     gone = np.flatnonzero(~kernel(state.masks, "dense1").any(0))
-    np.testing.assert_array_equal(
-        gone, np.sort(chosen(np.abs(kernel(trained.params, "dense1")).mean(0)))
-    )
+    assert_array_equal(gone, np.sort(chosen(np.abs(kernel(trained.params, "dense1")).mean(0))))
 
 
 def test_random_picks_follow_the_seed(problem, trained):
@@ -130,10 +128,8 @@ def test_weights_and_input_channels(problem, trained):
     state, _ = run(problem, trained, "remove", ratios="[1:0.5]", granularity="channel")
     kept = kernel(state.masks, "dense2").any(1)
     norms = np.abs(kernel(trained.params, "dense2")).mean(1)
-    np.testing.assert_array_equal(np.flatnonzero(~kept), np.sort(np.argsort(norms)[:6]))
-    np.testing.assert_array_equal(
-        kernel(state.masks, "dense1").any(0), kept
-    )  # nothing else reads them
+    assert_array_equal(np.flatnonzero(~kept), np.sort(np.argsort(norms)[:6]))
+    assert_array_equal(kernel(state.masks, "dense1").any(0), kept)  # nothing else reads them
 
 
 @pytest.mark.parametrize(
@@ -176,7 +172,7 @@ def test_depthwise_layers_follow_the_layer_before_them():
     kept = norms >= np.sort(norms)[4]
     for path, axis in (("conv1", -1), ("block0/depthwise", -1), ("block0/pointwise", -2)):
         own = np.moveaxis(kernel(cut.masks, path), axis, 0).reshape(8, -1).any(1)
-        np.testing.assert_array_equal(own, kept, err_msg=path)
+        assert_array_equal(own, kept, err_msg=path)
     row = compaction.take_stock(problem, cut, compaction.Compact(repeats=0))
     assert row["difference"] < 1e-5
     faster, _ = run(problem, state, "remove", ratios="1.5x")
@@ -234,9 +230,7 @@ def test_ratios_and_picks_of_another_run(problem, tmp_path, monkeypatch):
         settings("remove", inherit=str(tmp_path / "half")).check_network(problem, 1)
     with tiny.refused("inherit"):
         settings("remove", inherit=str(tmp_path / "none")).check_network(problem, 1)
-    with pytest.raises(
-        tables.ConfigError, match=r"mask of dense1/kernel has the shape \(64, 12\); allowed: \(64"
-    ):
+    with tiny.complains(r"mask of dense1/kernel has the shape \(64, 12\); allowed: \(64"):
         settings("remove", inherit=str(tmp_path / "other")).check_network(
             tiny.problem(widths=(7,)), 1
         )
@@ -267,7 +261,7 @@ def test_growth_pushes_to_zero_and_removes(problem, trained, method):
         )
     scores, keep = logs[-1]["scores"]["dense1/kernel"], np.array(logs[-1]["keep"]["dense1/kernel"])
     assert np.mean(np.array(scores)[keep]) == pytest.approx(after["score_kept"], rel=0.2)
-    np.testing.assert_array_equal(kernel(state.masks, "dense1").any(0), keep)
+    assert_array_equal(kernel(state.masks, "dense1").any(0), keep)
 
 
 def test_growth_ends_when_all_is_done_and_not_later(problem, trained):
@@ -281,9 +275,9 @@ def test_growth_ends_when_all_is_done_and_not_later(problem, trained):
 def test_only_penalties_move_kernels(problem, trained):
     fields = FAST | dict(optimizer=optim.settings("sgd", learning_rate=0.05), penalty_only=True)
     state, _ = run(problem, trained, "grow", ratios="[0:0.5]", **fields)
-    np.testing.assert_array_equal(kernel(state.params, "fc"), kernel(trained.params, "fc"))
+    assert_array_equal(kernel(state.params, "fc"), kernel(trained.params, "fc"))
     kept = kernel(state.masks, "dense1").any(0)
-    np.testing.assert_array_equal(
+    assert_array_equal(
         kernel(state.params, "dense1")[:, kept], kernel(trained.params, "dense1")[:, kept]
     )
     assert not np.array_equal(state.params["fc"]["bias"], trained.params["fc"]["bias"])
@@ -296,10 +290,8 @@ def test_members_grow_side_by_side(problem):
     together, _ = run(both, train.initial_state(both, jnp.stack(keys)), "grow", **fields)
     for i, key in enumerate(keys):
         alone, _ = run(problem, train.initial_state(problem, key), "grow", **fields)
-        np.testing.assert_array_equal(
-            kernel(together.masks, "dense1")[i], kernel(alone.masks, "dense1")
-        )
-        np.testing.assert_allclose(
+        assert_array_equal(kernel(together.masks, "dense1")[i], kernel(alone.masks, "dense1"))
+        assert_allclose(
             kernel(together.params, "fc")[i], kernel(alone.params, "fc"), rtol=1e-4, atol=1e-5
         )
 
@@ -319,9 +311,9 @@ def test_the_oracle_finds_the_best_choice(problem, trained):
         found.append(float(train.evaluate(problem, params, {}, "train")[0]))
     assert row["choices"] == 28
     assert row["loss"] == pytest.approx(min(found), rel=1e-5)
-    np.testing.assert_allclose(row["losses"], np.sort(found), rtol=1e-5)
+    assert_allclose(row["losses"], np.sort(found), rtol=1e-5)
     best = list(itertools.combinations(range(8), 2))[int(np.argmin(found))]
-    np.testing.assert_array_equal(np.flatnonzero(~kernel(state.masks, "dense2").any(0)), best)
+    assert_array_equal(np.flatnonzero(~kernel(state.masks, "dense2").any(0)), best)
     assert row["rank"] == 1 + sum(loss < row["loss_by_norm"] * (1 - 1e-6) for loss in found)
 
 
@@ -398,7 +390,7 @@ def test_noise_on_no_array_is_refused_before_training(problem):
     with tiny.refused("parameters", ".*/kernle", "fc/kernel"):
         settings("noise", parameters=".*/kernle").check_network(problem, 1)
     config = tiny.config("fit", "noise", noise=pipeline.stage("noise", parameters=".*/kernle"))
-    with pytest.raises(tables.ConfigError, match=r"config.noise.parameters"):
+    with tiny.complains(r"config.noise.parameters"):
         pipeline.build(pipeline.check(config))
 
 
@@ -410,24 +402,22 @@ def test_singular_values_of_the_jacobian(problem, trained):
     images = problem.images(
         problem.train_images[data.FixedSample().indices(problem.size("train"), 7)]
     )
-    values = [
-        np.linalg.svd(np.asarray(jax.jacrev(single)(x)).reshape(10, -1), compute_uv=False)
-        for x in images
-    ]
+    slopes = jax.jit(jax.vmap(jax.jacrev(single)))(images).reshape(7, 10, -1)
+    values = np.linalg.svd(np.asarray(slopes), compute_uv=False)
     assert row["mean"] == pytest.approx(np.mean(values), rel=1e-4)
     assert row["largest"] == pytest.approx(np.max(values), rel=1e-4)
-    np.testing.assert_allclose(row["mean_by_rank"], np.mean(values, 0), rtol=1e-3, atol=1e-6)
+    assert_allclose(row["mean_by_rank"], np.mean(values, 0), rtol=1e-3, atol=1e-6)
     assert row["num_examples"] == 7
 
 
 def test_stages_name_weights_that_are_not_finite(problem, trained):
-    params = jax.tree.map(jnp.asarray, trained.params)
-    params["dense2"]["kernel"] = params["dense2"]["kernel"].at[0, 0].set(jnp.nan)
+    params = jax.tree.map(np.array, trained.params)
+    params["dense2"]["kernel"][0, 0] = np.nan
     broken = trained._replace(params=params)
     with pytest.raises(train.NonFiniteLossError, match=r"the network: .*dense2/kernel"):
         stages.check_weights(problem, broken)
     both = problem._replace(members=2)
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), trained, broken)
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), trained, broken)
     with pytest.raises(train.NonFiniteLossError, match=r"member 1: .*dense2/kernel"):
         stages.check_weights(both, stacked)
     stages.check_weights(problem, trained)
@@ -500,16 +490,7 @@ def test_a_pruned_network_is_not_called_by_the_name_of_the_one_before(names, lab
             dict(ratios="[0:0.5]", pick="mni"),
             ("config.x.pick", "mni", "min"),
         ),
-    ],
-)
-def test_options_that_do_not_fit(fields, refusal):
-    with tiny.refused(*refusal):
-        settings("remove", **fields)
-
-
-@pytest.mark.parametrize(
-    ("fields", "refusal"),
-    [
+        # of the network
         (
             dict(ratios="[0,0.5,0]"),
             ("ratios", "[0,0.5,0]"),
@@ -535,13 +516,13 @@ def test_options_that_do_not_fit(fields, refusal):
         ),
     ],
 )
-def test_ratios_that_do_not_fit_the_network(problem, fields, refusal):
+def test_options_that_do_not_fit(problem, fields, refusal):
     with tiny.refused(*refusal):
         settings("remove", **fields).check_network(problem, 1)
 
 
 def test_limits_that_are_never_reached():
-    with pytest.raises(tables.ConfigError, match=r"granularity_prune"):
+    with tiny.complains(r"granularity_prune"):
         settings("grow", ratios="[0:0.5]", **FAST | dict(granularity_prune=0.0))
-    with pytest.raises(tables.ConfigError, match="method is 'greg3'"):
+    with tiny.complains("method is 'greg3'"):
         settings("grow", ratios="[0:0.5]", method="greg3", **FAST)

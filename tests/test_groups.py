@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax import lax
+from jax import jit, lax
+from numpy.testing import assert_allclose, assert_array_equal
 from test_models import TINY
 
 from sparsity_jax import groups, models, trees
@@ -65,9 +66,6 @@ CHANNELS = {
 # neighbouring channels.
 WHOLE = {"alexnet_cifar": ("params/conv1/kernel", "params/conv2/kernel")}
 KEY = jax.random.key(0)
-jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-)  # compiles twice as fast
 
 
 @functools.cache
@@ -94,7 +92,7 @@ def close(first, second, rtol=1e-5):
     )
     for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
         assert a.dtype == b.dtype
-        np.testing.assert_allclose(
+        assert_allclose(
             np.asarray(b, np.float64), np.asarray(a, np.float64), rtol=0, atol=rtol * scale
         )
 
@@ -203,10 +201,10 @@ def test_members():
     found = members(channels)
     flat = found["params/dense1/kernel", 0]  # one pixel of six channels
     assert flat.role == "consumer"
-    np.testing.assert_array_equal(flat.index, np.arange(6)[:, None])
+    assert_array_equal(flat.index, np.arange(6)[:, None])
     producer = found["params/conv3/kernel", 3]
     assert producer.role == "producer"
-    np.testing.assert_array_equal(producer.index, np.arange(6)[:, None])
+    assert_array_equal(producer.index, np.arange(6)[:, None])
     for name in (
         "params/bn3/scale",
         "params/bn3/bias",
@@ -221,13 +219,13 @@ def test_members():
 
 def test_index_of_flattened_concatenated_and_fused_axes():
     found = members(traced("densenet"))
-    np.testing.assert_array_equal(found["params/conv2/kernel", 2].index, np.arange(9, 15)[:, None])
+    assert_array_equal(found["params/conv2/kernel", 2].index, np.arange(9, 15)[:, None])
     flat = next(
         member
         for member in traced("densenet").groups["params/conv0"].members
         if (member.path, member.axis) == ("params/hidden/kernel", 0)
     )
-    np.testing.assert_array_equal(
+    assert_array_equal(
         flat.index, 3 + np.arange(6)[:, None] + 21 * np.arange(4)
     )  # 2x2 pixels of 21
     channels = traced("fused qkv")
@@ -309,14 +307,12 @@ def test_mask_under_jit_and_vmap():
     channels = traced("densenet")
     chosen = [keeps(channels, seed) for seed in (1, 2)]
     stacked = jax.tree.map(lambda *own: jnp.stack(own), *chosen)
-    masks = jax.jit(jax.vmap(lambda keep: groups.mask(variables, channels, keep)))(stacked)
+    masks = jit(jax.vmap(lambda keep: groups.mask(variables, channels, keep)))(stacked)
     for i, keep in enumerate(chosen):
         expected = groups.mask(variables, channels, keep)
-        jax.tree.map(
-            np.testing.assert_array_equal, expected, jax.tree.map(lambda leaf, i=i: leaf[i], masks)
-        )
+        jax.tree.map(assert_array_equal, expected, jax.tree.map(lambda leaf, i=i: leaf[i], masks))
     none = groups.mask(variables, channels, {})
-    jax.tree.map(np.testing.assert_array_equal, none, variables)
+    jax.tree.map(assert_array_equal, none, variables)
 
 
 def test_other_batches_and_types():
@@ -326,7 +322,7 @@ def test_other_batches_and_types():
     run = groups.elastic(apply, channels, keep)
     several = np.concatenate([images, 2 * images[:1]])
     close(jit(apply)(groups.mask(variables, channels, keep), several), jit(run)(small, several))
-    vmapped = jax.jit(jax.vmap(run, (None, 0)))(small, several[:, None])
+    vmapped = jit(jax.vmap(run, (None, 0)))(small, several[:, None])
     close(jit(run)(small, several), vmapped[:, 0])
     with pytest.raises(ValueError, match=r"has shape .* the compact variables have"):
         run(variables, images)
@@ -368,9 +364,7 @@ def test_optimizer_state_follows(optimizer):
         lambda leaf: np.ones(leaf.shape, leaf.dtype), jax.eval_shape(optimizer.init, params)
     )
     small = groups.compact(params, channels, keep)  # a part of the variables
-    jax.tree.map(
-        np.testing.assert_array_equal, small, groups.compact(variables, channels, keep)["params"]
-    )
+    jax.tree.map(assert_array_equal, small, groups.compact(variables, channels, keep)["params"])
     expected = jax.tree.map(np.shape, jax.eval_shape(optimizer.init, small))
     assert jax.tree.map(np.shape, groups.compact(state, channels, keep)) == expected
     masked = jax.tree.map(np.asarray, jit(lambda state: groups.mask(state, channels, keep))(state))
@@ -394,7 +388,7 @@ def test_separate_branches():
     block["conv2"]["kernel"][..., 1] = 0
     for array in (*block["bn2"].values(), *statistics["bn2"].values()):
         array[1] = 0
-    jax.tree.map(np.testing.assert_array_equal, masked, by_hand)
+    jax.tree.map(assert_array_equal, masked, by_hand)
     with pytest.raises(ValueError, match="only tied ones can be compacted"):
         groups.compact(variables, channels, keep)
     with pytest.raises(ValueError, match="only tied ones can be compacted"):
@@ -414,7 +408,7 @@ def test_another_function_of_the_same_groups_is_traced_anew():
     plain, double = (
         groups.elastic(function, channels, keep)(small, *inputs) for function in (apply, twice)
     )
-    np.testing.assert_allclose(double, 2 * plain, rtol=1e-6)
+    assert_allclose(double, 2 * plain, rtol=1e-6)
     with pytest.raises(ValueError, match="this function has other channel groups"):
         groups.elastic(
             lambda v, x: apply(v, x) + sum(map(jnp.max, jax.tree.leaves(v))), channels, keep
@@ -642,7 +636,7 @@ HOSTILE = {
         (),
     ),
     "outputs that are inputs": (lambda v, x: (hidden(v, x) @ v["out"], v["b"], x), (6,)),
-    "ignored": (lambda v, x: jax.jit(lambda v, x: x)(v, x), ()),
+    "ignored": (lambda v, x: jit(lambda v, x: x)(v, x), ()),
     # order
     "sorted": (lambda v, x: jnp.sort(hidden(v, x), 1) @ v["out"], ()),
     "sorted beside": (lambda v, x: jnp.sort(hidden(v, x), 0) @ v["out"], (6,)),

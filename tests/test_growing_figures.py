@@ -2,8 +2,8 @@
 when rows are.
 """
 
-import numpy as np
 import pytest
+from numpy.testing import assert_allclose
 
 from sparsity_jax import report
 from sparsity_jax.report import draw, growth, series
@@ -51,9 +51,9 @@ def test_norms_by_penalty():
     lines = lines_of(growth.growth_norms, growth_rows())["net"]
     assert colors_of(lines) == ["kept", "pruned"] * 2
     kept, pruned = lines[:2]
-    np.testing.assert_allclose(pruned.get_xdata(), [0.1, 0.2, 0.3, 0.4])
-    np.testing.assert_allclose(pruned.get_ydata(), [0.2, 0.02, 0.002, 0.0002])
-    np.testing.assert_allclose(kept.get_ydata(), 2.0)
+    assert_allclose(pruned.get_xdata(), [0.1, 0.2, 0.3, 0.4])
+    assert_allclose(pruned.get_ydata(), [0.2, 0.02, 0.002, 0.0002])
+    assert_allclose(kept.get_ydata(), 2.0)
     assert pruned.axes.get_yscale() == "log"
 
 
@@ -61,14 +61,14 @@ def test_ratios_by_step_leave_out_layers_without():
     (line,) = lines_of(growth.growth_ratio, growth_rows())[
         "net"
     ]  # that of b is 0, as of layers of weights
-    np.testing.assert_allclose(line.get_xdata(), [100, 200, 300, 400])
-    np.testing.assert_allclose(line.get_ydata(), [10, 100, 1000, 10_000])
+    assert_allclose(line.get_xdata(), [100, 200, 300, 400])
+    assert_allclose(line.get_ydata(), [10, 100, 1000, 10_000])
 
 
 def test_groups_are_coloured_by_what_happens_to_them():
     lines = lines_of(growth.growth_groups, growth_rows())["a"]
     assert colors_of(lines) == ["kept", "pruned", "kept"]
-    np.testing.assert_allclose(lines[1].get_ydata(), [0.1, 0.01, 0.001, 0.0001])
+    assert_allclose(lines[1].get_ydata(), [0.1, 0.01, 0.001, 0.0001])
     assert lines_of(growth.growth_groups, growth_rows(scores=False)) == {}
 
 

@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 
 from sparsity_jax import groups, growing, models, ratios, trees
 
 FILE = "08_growing_reg.npz"
+GOLDEN = golden_data.load(FILE)
 CASES = golden_data.parts(FILE, r"(?!structural/)(.+)/layer_names$")
 PAIRS, CLASSIFIER = golden_data.growing_modules()
 
@@ -45,9 +47,7 @@ def stored(case, moment):
     for name in golden_data.parts(FILE, rf"{case}/{moment}/(.+)"):
         module, _, leaf = name.rpartition(".")
         kind = "batch_stats" if leaf.startswith("running") else "params"
-        variables[kind].setdefault(module, {})[leaf] = golden_data.load(FILE)[
-            f"{case}/{moment}/{name}"
-        ]
+        variables[kind].setdefault(module, {})[leaf] = GOLDEN[f"{case}/{moment}/{name}"]
     return variables
 
 
@@ -66,11 +66,10 @@ def kept_channels(channels, paths, pruned, axis):
 
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_left_is_the_originals(case):
-    golden = golden_data.load(FILE)
-    images = golden["data/x"][0]
+    images = GOLDEN["data/x"][0]
     before = stored(case, "before_prune")
-    for j, _ in enumerate(golden[f"{case}/layer_names"]):
-        indices = [golden[f"{case}/{name}/{j}"] for name in ("pruned_idx", "kept_idx")]
+    for j, _ in enumerate(GOLDEN[f"{case}/layer_names"]):
+        indices = [GOLDEN[f"{case}/{name}/{j}"] for name in ("pruned_idx", "kept_idx")]
         assert sorted(np.concatenate(indices)) == list(range(sum(map(len, indices))))
     with jax.enable_x64(True):
         variables = jax.tree.map(jnp.asarray, before)
@@ -78,9 +77,9 @@ def test_what_is_left_is_the_originals(case):
             logits = jax.jit(network)(variables, images)  # the original multiplies the masks later
         else:
             channels = groups.trace(network, variables, images)
-            names = golden[f"{case}/layer_names"]
+            names = GOLDEN[f"{case}/layer_names"]
             axis = 0 if golden_data.hyper(FILE)[case]["wg"] == "filter" else 1
-            pruned = [golden[f"{case}/pruned_idx/{j}"] for j, _ in enumerate(names)]
+            pruned = [GOLDEN[f"{case}/pruned_idx/{j}"] for j, _ in enumerate(names)]
             keep = kept_channels(
                 channels, [f"params/{name}/weight" for name in names], pruned, axis
             )
@@ -88,11 +87,11 @@ def test_what_is_left_is_the_originals(case):
             expected = stored(case, "after_prune")["params"]
             for module, leaves in expected.items():
                 for leaf, array in leaves.items():
-                    np.testing.assert_array_equal(
+                    assert_array_equal(
                         compact["params"][module][leaf], array, err_msg=f"{module}.{leaf}"
                     )
             logits = groups.elastic(network, channels, keep)(compact, images)
-        np.testing.assert_allclose(logits, golden[f"{case}/logits_after"], rtol=1e-9, atol=1e-11)
+        assert_allclose(logits, GOLDEN[f"{case}/logits_after"], rtol=1e-9, atol=1e-11)
 
 
 # Whole networks, whose weights follow a rule: selection by L1 norm and removal
@@ -135,11 +134,11 @@ def parameter_names(layers, shapes):
 
 @functools.cache
 def whole(net):
-    golden, key = golden_data.load(FILE), f"structural/{net}/{dict(WHOLE)[net]}"
-    shapes = golden_data.shapes_of(golden[f"{key}/param_shapes_before"])
-    modules = golden[f"{key}/layer_names"].tolist()
+    key = f"structural/{net}/{dict(WHOLE)[net]}"
+    shapes = golden_data.shapes_of(GOLDEN[f"{key}/param_shapes_before"])
+    modules = GOLDEN[f"{key}/layer_names"].tolist()
     names = parameter_names(modules, shapes)
-    batch, num_classes = golden[f"{key}/logits_before"].shape
+    batch, num_classes = GOLDEN[f"{key}/logits_before"].shape
     options = golden_data.architecture(names, shapes)
     side = golden_data.STRUCTURAL_SIDES[options["name"]]
     images = golden_data.images((batch, shapes[0][1], side, side))
@@ -170,20 +169,20 @@ def to_text(shape):
 
 @pytest.mark.parametrize(("net", "granularity"), WHOLE)
 def test_whole_networks_after_the_removal(net, granularity):
-    golden, case = golden_data.load(FILE), f"structural/{net}/{granularity}"
+    case = f"structural/{net}/{granularity}"
     own = golden_data.hyper(FILE)[case]
     numbers = sorted(golden_data.parts(FILE, rf"{case}/pruned_idx/(\d+)"))
-    pruned = [golden[f"{case}/pruned_idx/{number}"] for number in numbers]
+    pruned = [GOLDEN[f"{case}/pruned_idx/{number}"] for number in numbers]
     with jax.enable_x64(True):
         it = whole(net)
-        assert it.modules == golden[f"{case}/layer_names"].tolist()
+        assert it.modules == GOLDEN[f"{case}/layer_names"].tolist()
         ours = [to_text(golden_data.leaf(it.variables, path).shape) for path in it.paths]
-        assert ours == golden[f"{case}/param_shapes_before"].tolist()
+        assert ours == GOLDEN[f"{case}/param_shapes_before"].tolist()
         logits = it.apply(it.variables, it.images)
-        np.testing.assert_allclose(logits, golden[f"{case}/logits_before"], rtol=1e-9, atol=1e-11)
+        assert_allclose(logits, GOLDEN[f"{case}/logits_before"], rtol=1e-9, atol=1e-11)
         options = dict(granularity=granularity, skip=own["skip_layers"], reading="original")
         table = ratios.parse(notation_of(own["stage_pr"], it.layers), it.layers, **options)
-        np.testing.assert_array_equal(list(table.values()), golden[f"{case}/pr"])
+        assert_array_equal(list(table.values()), GOLDEN[f"{case}/pr"])
         picked = growing.pick(it.variables, growing.layers(it.variables, table, granularity))
         for path, removed in zip(it.layers, pruned, strict=True):
             kept = np.asarray(picked.get(path, True))
@@ -196,7 +195,7 @@ def test_whole_networks_after_the_removal(net, granularity):
             keep = kept_channels(it.channels, it.layers, pruned, axis)
             shapes = groups.compact_shapes(it.channels, keep)
             found = [to_text(shapes[path].shape) for path in it.paths]
-            assert found == golden[f"{case}/param_shapes_after"].tolist()
+            assert found == GOLDEN[f"{case}/param_shapes_after"].tolist()
             compact = groups.compact(it.variables, it.channels, keep)
             logits = jax.jit(groups.elastic(it.apply, it.channels, keep))(compact, it.images)
-        np.testing.assert_allclose(logits, golden[f"{case}/logits_after"], rtol=1e-9, atol=1e-11)
+        assert_allclose(logits, GOLDEN[f"{case}/logits_after"], rtol=1e-9, atol=1e-11)

@@ -7,6 +7,7 @@ import itertools
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
+from numpy.testing import assert_array_equal
 
 from sparsity_jax.channels import labels
 
@@ -71,7 +72,7 @@ def test_ties_and_freezes_make_a_partition(pairs, start):
     for i, j in itertools.product(range(12), repeat=2):
         one = flooded[i] == flooded[j] or (flooded[i] in gone and flooded[j] in gone)
         assert (found[i] == found[j]) == one
-    np.testing.assert_array_equal(found == labels.FROZEN, [own in gone for own in flooded])
+    assert_array_equal(found == labels.FROZEN, [own in gone for own in flooded])
     assert made.is_live(entries) == (not all(own in gone for own in flooded))
 
 
@@ -137,28 +138,28 @@ def test_split_axes_removed_as_a_whole(order, shape, related):
 def test_split_of_a_product_gives_its_factors():
     made, (rows, columns, _, _), _ = fresh()
     first, second = made.split(made.merge([rows, columns]), (3, 2))
-    np.testing.assert_array_equal(made.find(first), made.find(rows))
-    np.testing.assert_array_equal(made.find(second), made.find(columns))
+    assert_array_equal(made.find(first), made.find(rows))
+    assert_array_equal(made.find(second), made.find(columns))
 
 
 def test_split_of_copies_freezes_what_is_copied():
     made, (rows, *_), _ = fresh()
     repeated, tiled = np.repeat(rows, 2), np.tile(rows, 2)
     for part, expected in zip(made.split(repeated, (3, 2)), (rows, np.zeros(2, int))):
-        np.testing.assert_array_equal(part, expected)
+        assert_array_equal(part, expected)
     for part, expected in zip(made.split(tiled, (2, 3)), (np.zeros(2, int), rows)):
-        np.testing.assert_array_equal(part, expected)
+        assert_array_equal(part, expected)
     assert made.is_live(rows)
     made.split(rows[[0, 0, 0, 0]], (2, 2))  # all four die at once: an axis would be left empty
-    np.testing.assert_array_equal(made.find(rows) == labels.FROZEN, [True, False, False])
+    assert_array_equal(made.find(rows) == labels.FROZEN, [True, False, False])
 
 
 def test_tie_of_two_products_pairs_their_factors():
     made, (rows, columns, *_), _ = fresh()
     others = made.fresh(3), made.fresh(2)
     made.tie(made.merge([rows, columns]), made.merge(others))
-    np.testing.assert_array_equal(made.find(rows), made.find(others[0]))
-    np.testing.assert_array_equal(made.find(columns), made.find(others[1]))
+    assert_array_equal(made.find(rows), made.find(others[0]))
+    assert_array_equal(made.find(columns), made.find(others[1]))
 
 
 def test_tie_of_a_factor_to_its_product_freezes_the_rest():
@@ -196,10 +197,10 @@ def test_copies_do_not_touch_each_other():
     product = made.merge([rows, columns])
     other = made.copy()
     other.freeze(rows)
-    np.testing.assert_array_equal(other.find(product), np.tile(columns, 3))
+    assert_array_equal(other.find(product), np.tile(columns, 3))
     assert made.is_live(rows)
     assert len(set(made.find(product).tolist())) == 6
-    np.testing.assert_array_equal(made.fresh(2), other.fresh(2))
+    assert_array_equal(made.fresh(2), other.fresh(2))
 
 
 def test_labels_tell_the_axis_they_were_made_for():

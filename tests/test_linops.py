@@ -14,8 +14,12 @@ import numpy as np
 import pytest
 import tiny
 from flax import nnx
+from numpy.random import default_rng
+from numpy.testing import assert_allclose, assert_array_equal
 
-from sparsity_jax import linops, losses, masks, tables, width
+from sparsity_jax import linops, losses, masks, width
+
+GOLDEN = golden_data.load("10_hessian.npz")
 
 SEED = st.integers(0, 2**16)
 LIKE = {"a": np.zeros((3, 4)), "b": [np.zeros(()), np.zeros(7)]}  # 20 entries
@@ -23,7 +27,7 @@ LIKE = {"a": np.zeros((3, 4)), "b": [np.zeros(()), np.zeros(7)]}  # 20 entries
 
 def dense(eigenvalues, seed=0):
     """A symmetric float64 matrix of these eigenvalues."""
-    draw = np.random.default_rng(seed).normal(size=(len(eigenvalues),) * 2)
+    draw = default_rng(seed).normal(size=(len(eigenvalues),) * 2)
     vectors = np.linalg.qr(draw)[0]
     return (vectors * np.asarray(eigenvalues)) @ vectors.T
 
@@ -40,7 +44,7 @@ def product(matrix, dtype=None):
 
 
 def spectrum(kind, size, seed=0):
-    rng = np.random.default_rng(seed)
+    rng = default_rng(seed)
     return dict(
         normal=rng.normal(size=size),
         decaying=2.0 ** -np.arange(size),
@@ -96,39 +100,37 @@ def original(golden):
 
 
 def test_hessian_of_the_original_network():
-    golden = golden_data.load("10_hessian.npz")
     with jax.enable_x64(True):
-        loss, params, data = original(golden)
+        loss, params, data = original(GOLDEN)
         flat, unflatten = jax.flatten_util.ravel_pytree(params)
         flatten = lambda tree: jax.flatten_util.ravel_pytree(tree)[0]
         matvec = jax.jit(lambda v: flatten(linops.hvp(loss, params, *data)(unflatten(v))))
         whole = lambda p: loss(unflatten(p), *data)
         all_of = jax.jit(lambda p: (whole(p), jax.grad(whole)(p), jax.hessian(whole)(p)))
         value, slope, explicit = all_of(flat)
-        np.testing.assert_allclose(value, golden["loss_full"], rtol=1e-12)
-        np.testing.assert_allclose(slope, golden["grad_full"], rtol=1e-9, atol=1e-11)
-        vector = golden["hvp/v"]
-        np.testing.assert_allclose(matvec(vector), golden["hvp/Hv"], rtol=1e-9, atol=1e-11)
-        np.testing.assert_allclose(vector @ matvec(vector), golden["hvp/vHv"], rtol=1e-9)
+        assert_allclose(value, GOLDEN["loss_full"], rtol=1e-12)
+        assert_allclose(slope, GOLDEN["grad_full"], rtol=1e-9, atol=1e-11)
+        vector = GOLDEN["hvp/v"]
+        assert_allclose(matvec(vector), GOLDEN["hvp/Hv"], rtol=1e-9, atol=1e-11)
+        assert_allclose(vector @ matvec(vector), GOLDEN["hvp/vHv"], rtol=1e-9)
         columns = jax.jit(jax.vmap(matvec))(np.eye(flat.size))
         assert np.abs(columns - explicit).max() <= 1e-10 * np.abs(explicit).max()
-        np.testing.assert_allclose(columns, golden["hessian/full"], rtol=1e-9, atol=1e-11)
-        np.testing.assert_allclose(
-            np.linalg.eigvalsh(columns), np.sort(golden["hessian/eigenvalues"]), atol=1e-11
+        assert_allclose(columns, GOLDEN["hessian/full"], rtol=1e-9, atol=1e-11)
+        assert_allclose(
+            np.linalg.eigvalsh(columns), np.sort(GOLDEN["hessian/eigenvalues"]), atol=1e-11
         )
 
 
 @pytest.mark.parametrize("reorthogonalize", ["full", "host"])
 def test_ritz_values_of_the_original(reorthogonalize):
-    golden = golden_data.load("10_hessian.npz")
     with jax.enable_x64(True):
-        loss, params, data = original(golden)
+        loss, params, data = original(GOLDEN)
         unflatten = jax.jit(jax.flatten_util.ravel_pytree(params)[1])
         matvec = jax.jit(linops.hvp(loss, params, *data))
         for case in CASES:
             starts, expected = (
-                golden[f"lanczos/{case}/start"],
-                golden[f"lanczos/{case}/ritz_values"],
+                GOLDEN[f"lanczos/{case}/start"],
+                GOLDEN[f"lanczos/{case}/ritz_values"],
             )
             if case == "main":
                 hyper = golden_data.hyper("10_hessian.npz")
@@ -137,26 +139,25 @@ def test_ritz_values_of_the_original(reorthogonalize):
             run = lambda start, method=method: method(matvec, start)
             run = run if reorthogonalize == "host" else jax.jit(run)
             for start, values, weights in zip(
-                starts, expected, golden[f"lanczos/{case}/ritz_weights"]
+                starts, expected, GOLDEN[f"lanczos/{case}/ritz_weights"]
             ):
                 ours = linops.ritz(run(unflatten(start)))
-                np.testing.assert_allclose(ours, (values, weights), rtol=0, atol=1e-8)
+                assert_allclose(ours, (values, weights), rtol=0, atol=1e-8)
 
 
 def test_all_ritz_values_are_eigenvalues_at_full_depth():
-    golden = golden_data.load("10_hessian.npz")
     with jax.enable_x64(True):
-        loss, params, data = original(golden)
-        size = golden["hessian/eigenvalues"].size
+        loss, params, data = original(GOLDEN)
+        size = GOLDEN["hessian/eigenvalues"].size
         start = linops.rademacher(jax.random.key(0), params)
         matvec = jax.jit(linops.hvp(loss, params, *data))
         tridiagonal = linops.lanczos(size + 11)(matvec, start)
         distance = np.abs(
-            np.subtract.outer(linops.ritz(tridiagonal)[0], golden["hessian/eigenvalues"])
+            np.subtract.outer(linops.ritz(tridiagonal)[0], GOLDEN["hessian/eigenvalues"])
         )
         assert distance.min(1).max() < 1e-10
         assert distance.min(0).max() < 1e-10
-        zero = np.abs(golden["hessian/eigenvalues"]) < 1e-12
+        zero = np.abs(GOLDEN["hessian/eigenvalues"]) < 1e-12
         num_steps = zero.size - max(
             zero.sum() - 1, 0
         )  # of equal eigenvalues a Krylov space sees one
@@ -164,7 +165,7 @@ def test_all_ritz_values_are_eigenvalues_at_full_depth():
         assert not np.any(tridiagonal.alphas[num_steps:])
         other_start = linops.rademacher(jax.random.key(1), params)
         values, vectors, residuals = linops.top_eigenpairs(3, 60)(matvec, other_start)
-        np.testing.assert_allclose(values, golden["power_iteration/top3"], atol=1e-10)
+        assert_allclose(values, GOLDEN["power_iteration/top3"], atol=1e-10)
         assert residuals.max() < 1e-8
         assert [leaf.shape for leaf in vectors] == [(3, *leaf.shape) for leaf in params]
 
@@ -179,7 +180,7 @@ def convex(z, x):
 
 
 def draw_params(dtype=None):
-    rng = np.random.default_rng(3)
+    rng = default_rng(3)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
     return {"in": {"w": draw(4, 5), "b": draw(5)}, "out": draw(5, 3)}, draw(6, 4)
 
@@ -194,7 +195,7 @@ def test_gauss_newton_is_the_dense_product():
         inner = jax.jit(jax.hessian(lambda z: convex(unflatten_z(z), x)))(z)
         matvec = linops.gauss_newton(network, convex, params, x)
         columns = jax.jit(jax.vmap(lambda row: flatten(matvec(unflatten(row)))))(np.eye(flat.size))
-        np.testing.assert_allclose(columns, jacobian.T @ inner @ jacobian, atol=1e-13)
+        assert_allclose(columns, jacobian.T @ inner @ jacobian, atol=1e-13)
         assert np.linalg.eigvalsh(columns).min() > -1e-14
 
 
@@ -215,7 +216,7 @@ def test_products_refuse_other_losses_and_vectors():
         ValueError, match=r"has shape \(3, 2\) at .*allowed: that of params, \(2, 3\)"
     ):
         matvec({"w": jnp.ones((3, 2))})
-    np.testing.assert_array_equal(matvec({"w": np.ones((2, 3))})["w"], np.full((2, 3), 2.0))
+    assert_array_equal(matvec({"w": np.ones((2, 3))})["w"], np.full((2, 3), 2.0))
 
 
 # Lanczos ------------------------------------------------------------------------------------------
@@ -245,7 +246,7 @@ run_eight = jax.jit(
 def test_quadrature_is_exact_for_polynomials(seed, kind):
     with jax.enable_x64(True):
         matrix = dense(spectrum(kind, 20, seed), seed)
-        start = np.random.default_rng(seed).normal(size=20)
+        start = default_rng(seed).normal(size=20)
         tridiagonal = run_eight(matrix, start)
         for m in (1, 3, 8):
             shorter = linops.truncate(tridiagonal, m)
@@ -272,7 +273,7 @@ def test_enclosure_contains_the_answer_and_shrinks(seed, log_scale):
     """
     with jax.enable_x64(True):
         matrix, c = dense(spectrum("semidefinite", 20, seed), seed), 10.0**log_scale
-        start = np.random.default_rng(seed).normal(size=20)
+        start = default_rng(seed).normal(size=20)
         tridiagonal = run_eight(matrix, start)
         functions = (lambda x: 1 / (1 + c * x), lambda x: np.exp(-c * x), lambda x: (x + c) ** -0.5)
         for function in functions:
@@ -292,7 +293,7 @@ def test_enclosure_contains_the_answer_and_shrinks(seed, log_scale):
 def test_bordered_rules_are_exact_and_have_the_node_asked_for(seed, node, kind):
     with jax.enable_x64(True):
         matrix = dense(spectrum(kind, 20, seed), seed)
-        start = np.random.default_rng(seed).normal(size=20)
+        start = default_rng(seed).normal(size=20)
         tridiagonal = run_eight(matrix, start)
         for m in (1, 3, 8):
             shorter = linops.truncate(tridiagonal, m)
@@ -301,7 +302,7 @@ def test_bordered_rules_are_exact_and_have_the_node_asked_for(seed, node, kind):
             values, firsts, lasts = linops.bordered(shorter, last=last)
             assert np.abs(values - node).min() < 1e-10 * np.abs(values).max()
             moved, _, _ = linops.bordered(shorter, last=last + 1e-7)
-            np.testing.assert_allclose((moved - values) * 1e7, lasts**2, atol=1e-3)
+            assert_allclose((moved - values) * 1e7, lasts**2, atol=1e-3)
             for degree in range(2 * m + 1):
                 power = lambda x, degree=degree: x**degree
                 exact, scale = (
@@ -317,9 +318,9 @@ def test_borders_by_hand():
     one = run_of([2.0], [1.0])  # 2 1; 1 a has eigenvalue 0 for a = 1/2
     assert linops.border_for(one) == pytest.approx(0.5)
     values, firsts, lasts = linops.bordered(one, last=0.5)
-    np.testing.assert_allclose(values, [0, 2.5], atol=1e-15)
-    np.testing.assert_allclose(firsts**2, [0.2, 0.8])
-    np.testing.assert_allclose(lasts**2, [0.8, 0.2])
+    assert_allclose(values, [0, 2.5], atol=1e-15)
+    assert_allclose(firsts**2, [0.2, 0.8])
+    assert_allclose(lasts**2, [0.8, 0.2])
     # no finite border puts a node on a Ritz value; a huge one comes as near as can be
     zero = run_of([0.0], [1.0])
     values, firsts, _ = linops.bordered(zero, last=linops.border_for(zero))
@@ -328,21 +329,21 @@ def test_borders_by_hand():
     exhausted = run_of([2.0, -1.0], [1.0, 0.0])  # the border gets no weight
     values, firsts, _ = linops.bordered(exhausted, last=linops.border_for(exhausted))
     kept = firsts**2 > 1e-20
-    np.testing.assert_allclose(values[kept], linops.ritz(exhausted)[0])
+    assert_allclose(values[kept], linops.ritz(exhausted)[0])
 
 
 def test_gauss_radau_by_hand():
     # 2 1; 1 a with eigenvalue 0: a = 1/2
     values, weights = linops.gauss_radau(run_of([2.0], [1.0]))
-    np.testing.assert_allclose(values, [0, 2.5], atol=1e-15)
-    np.testing.assert_allclose(weights, [0.2, 0.8])
+    assert_allclose(values, [0, 2.5], atol=1e-15)
+    assert_allclose(weights, [0.2, 0.8])
     exhausted = linops.gauss_radau(run_of([2.0], [0.0]))
-    np.testing.assert_array_equal(exhausted, [[2], [1]])
+    assert_array_equal(exhausted, [[2], [1]])
     values, weights = linops.gauss_radau(run_of([4.0], [1.0]))
-    np.testing.assert_allclose(values.min(), 0, atol=1e-15)
-    np.testing.assert_allclose([weights.sum(), weights @ values, weights @ values**2], [1, 4, 17])
+    assert_allclose(values.min(), 0, atol=1e-15)
+    assert_allclose([weights.sum(), weights @ values, weights @ values**2], [1, 4, 17])
     values, _ = linops.gauss_radau(run_of([1.0, -1e-9], [0.0, 0.0]))
-    np.testing.assert_array_equal(values, [0, 1])
+    assert_array_equal(values, [0, 1])
     for alphas, betas in (([1.0, -0.1], [0.0, 0.0]), ([0.0], [1.0])):
         with pytest.raises(ValueError, match="not positive semi-definite"):
             linops.gauss_radau(run_of(alphas, betas))
@@ -353,18 +354,18 @@ def test_modes_agree(reorthogonalize):
     eigenvalues = spectrum("outliers", 80)
     matvec, start = (
         product(dense(eigenvalues), jnp.float32),
-        np.random.default_rng(1).normal(size=80),
+        default_rng(1).normal(size=80),
     )
     run = linops.lanczos(20, reorthogonalize=reorthogonalize)
     function = lambda x: 1 / (1 + np.abs(x))
     ours = quadrature(function, *linops.ritz(run(matvec, jnp.asarray(start, jnp.float32))))
     tolerance = 1e-3 if reorthogonalize == "bfloat16" else 1e-5
-    np.testing.assert_allclose(ours, moments(dense(eigenvalues), start, function), rtol=tolerance)
+    assert_allclose(ours, moments(dense(eigenvalues), start, function), rtol=tolerance)
     if reorthogonalize in ("full", "host"):
         with jax.enable_x64(True):
             exact = linops.lanczos(20)(product(dense(eigenvalues)), jnp.asarray(start))
         mine = run(matvec, jnp.asarray(start, jnp.float32))
-        np.testing.assert_allclose(mine.alphas[:10], exact.alphas[:10], atol=2e-3)
+        assert_allclose(mine.alphas[:10], exact.alphas[:10], atol=2e-3)
 
 
 @pytest.mark.parametrize(
@@ -377,7 +378,7 @@ def test_basis_is_orthonormal(reorthogonalize, tolerance, kind):
     """
     matvec = product(dense(spectrum(kind, 150)), jnp.float32)
     method = linops.Lanczos(45, reorthogonalize=reorthogonalize)
-    state = method.init(jnp.asarray(np.random.default_rng(1).normal(size=150), jnp.float32))
+    state = method.init(jnp.asarray(default_rng(1).normal(size=150), jnp.float32))
     for _ in range(45):
         state = method.step(matvec, state)
     basis = rows(state.basis, 150)[: int(state.num_steps)]
@@ -388,46 +389,46 @@ def test_basis_is_orthonormal(reorthogonalize, tolerance, kind):
             np.diag(state.alphas) + np.diag(state.betas[:-1], 1) + np.diag(state.betas[:-1], -1)
         )
         steps = len(basis)
-        np.testing.assert_allclose(basis @ matrix @ basis.T, tridiagonal[:steps, :steps], atol=1e-4)
+        assert_allclose(basis @ matrix @ basis.T, tridiagonal[:steps, :steps], atol=1e-4)
 
 
 @pytest.mark.parametrize("reorthogonalize", sorted(linops.REORTHOGONALIZE))
 def test_exhausted_krylov_spaces(reorthogonalize):
-    start = np.random.default_rng(0).normal(size=12).astype(np.float32)
+    start = default_rng(0).normal(size=12).astype(np.float32)
     method = linops.lanczos(14, reorthogonalize=reorthogonalize)
     run = lambda matrix: method(product(matrix, jnp.float32), start)
     run = run if reorthogonalize == "host" else jax.jit(run)
     identity = run(np.eye(12))
     assert identity.num_steps == 1
-    np.testing.assert_allclose(linops.ritz(identity), [[1], [1]], rtol=1e-6)
-    np.testing.assert_array_equal(identity.betas, 0)
-    np.testing.assert_array_equal(run(np.zeros((12, 12))).num_steps, 1)
+    assert_allclose(linops.ritz(identity), [[1], [1]], rtol=1e-6)
+    assert_array_equal(identity.betas, 0)
+    assert_array_equal(run(np.zeros((12, 12))).num_steps, 1)
     low_rank = run(np.outer(np.eye(12)[0], 3 * np.eye(12)[0]))
     assert low_rank.num_steps == 2
-    np.testing.assert_allclose(
+    assert_allclose(
         linops.ritz(low_rank)[0], [0, 3], atol=1e-3 if reorthogonalize == "bfloat16" else 1e-5
     )
-    np.testing.assert_allclose(linops.gauss_radau(low_rank), linops.ritz(low_rank), atol=1e-6)
+    assert_allclose(linops.gauss_radau(low_rank), linops.ritz(low_rank), atol=1e-6)
     deep = run(dense(np.arange(12.0)))
     assert 10 <= deep.num_steps <= 12
     assert all(np.isfinite(x).all() for x in deep)
     assert not deep.alphas[12:].any()
     assert not deep.betas[11:].any()
     if reorthogonalize in ("full", "host"):
-        np.testing.assert_allclose(linops.ritz(deep)[0], np.arange(12.0), atol=1e-4)
+        assert_allclose(linops.ritz(deep)[0], np.arange(12.0), atol=1e-4)
 
 
 @pytest.mark.parametrize("reorthogonalize", ["full", "none"])
 def test_loops_agree(reorthogonalize):
     matrix = dense(spectrum("normal", 20)).astype(np.float32)
-    rng = np.random.default_rng(0)
+    rng = default_rng(0)
     sign = lambda leaf: rng.choice(np.float32([-1, 1]), (3, *leaf.shape))
     starts = jax.tree.map(sign, LIKE)
     ith = lambda i: jax.tree.map(lambda leaf: leaf[i], starts)
     run = linops.lanczos(6, reorthogonalize=reorthogonalize)
     expected = run(product(matrix), ith(0))
     assert expected.num_steps == 6
-    close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-6)
+    close = functools.partial(assert_allclose, rtol=2e-5, atol=2e-6)
     traced = jax.jit(lambda matrix, start: run(product(matrix), start))
     jax.tree.map(close, traced(matrix, ith(0)), expected)
     on_host = linops.lanczos(6, reorthogonalize=reorthogonalize, on_host=True)
@@ -463,11 +464,11 @@ def test_a_saved_state_resumes_to_the_same_bits(reorthogonalize):
     for _ in range(5):
         resumed = method.step(matvec, resumed)
     for one, two in zip(jax.tree.leaves(state), jax.tree.leaves(resumed)):
-        np.testing.assert_array_equal(one, two)
+        assert_array_equal(one, two)
     history = linops.truncate(state.tridiagonal, 4)
     assert half.num_steps == history.num_steps == 4
-    np.testing.assert_array_equal(half.alphas[:4], history.alphas)
-    np.testing.assert_array_equal(half.betas[:4], history.betas)
+    assert_array_equal(half.alphas[:4], history.alphas)
+    assert_array_equal(half.betas[:4], history.betas)
 
 
 def test_the_basis_is_updated_in_place(as_users_compile):
@@ -491,7 +492,7 @@ def test_many_entries_stay_orthogonal():
     """Products summed one after the other in float32 would leave 2e-4 here, and move quadrature by
     1e-2.
     """
-    rng = np.random.default_rng(0)
+    rng = default_rng(0)
     diagonal = np.concatenate(
         [np.abs(rng.standard_cauchy(50)) * 2, 10.0 ** rng.uniform(-6, -1, 200_000)]
     )
@@ -516,7 +517,7 @@ def test_memory_without_basis(as_users_compile):
 def test_sharded_vectors_give_a_sharded_basis():
     mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(8), ("x",))
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
-    start = np.random.default_rng(0).normal(size=(4096, 5)).astype(np.float32)
+    start = default_rng(0).normal(size=(4096, 5)).astype(np.float32)
     diagonal = np.linspace(0, 1, start.size, dtype=np.float32).reshape(start.shape)
     method = linops.Lanczos(8)
     state, reference = method.init(jax.device_put(start, split)), method.init(jnp.asarray(start))
@@ -525,14 +526,12 @@ def test_sharded_vectors_give_a_sharded_basis():
         state = method.step(lambda v: sharded * v, state)
         reference = method.step(lambda v: jnp.asarray(diagonal) * v, reference)
     assert not any(block.sharding.is_fully_replicated for block in state.basis)
-    np.testing.assert_allclose(state.alphas, reference.alphas, rtol=1e-5)
-    np.testing.assert_allclose(state.betas, reference.betas, rtol=1e-4)
+    assert_allclose(state.alphas, reference.alphas, rtol=1e-5)
+    assert_allclose(state.betas, reference.betas, rtol=1e-4)
 
 
 def test_lanczos_refuses():
-    with pytest.raises(
-        tables.ConfigError, match=r"reorthogonalize is 'ful'; allowed: .*Did you mean 'full'"
-    ):
+    with tiny.complains(r"reorthogonalize is 'ful'; allowed: .*Did you mean 'full'"):
         linops.lanczos(4, reorthogonalize="ful")
     with pytest.raises(ValueError, match="num_matvecs is 0"):
         linops.Lanczos(0)
@@ -563,9 +562,9 @@ def test_probes_of_unequal_depth_are_padded():
         np.array([[1.0, 2], [3, 0]]), np.array([[0.5, 0.1], [0, 0]]), np.array([2, 1])
     )
     values, weights = linops.ritz(probes)
-    np.testing.assert_array_equal(values[1], [3, 3])
-    np.testing.assert_array_equal(weights[1], [1, 0])
-    np.testing.assert_allclose(values[0], np.linalg.eigvalsh([[1, 0.5], [0.5, 2]]))
+    assert_array_equal(values[1], [3, 3])
+    assert_array_equal(weights[1], [1, 0])
+    assert_allclose(values[0], np.linalg.eigvalsh([[1, 0.5], [0.5, 2]]))
     assert linops.gauss_radau(probes)[0].shape == (2, 3)
     assert quadrature(np.square, values, weights).tolist() == pytest.approx([1.25, 9])
 
@@ -575,10 +574,9 @@ def test_probes_of_unequal_depth_are_padded():
 
 @pytest.mark.parametrize("case", CASES)
 def test_density_of_the_original(case):
-    golden = golden_data.load("10_hessian.npz")
-    values, weights = golden[f"lanczos/{case}/ritz_values"], golden[f"lanczos/{case}/ritz_weights"]
+    values, weights = GOLDEN[f"lanczos/{case}/ritz_values"], GOLDEN[f"lanczos/{case}/ritz_weights"]
     names = [
-        name for name in golden if name.startswith(f"density/{case}/") and name.endswith("/density")
+        name for name in GOLDEN if name.startswith(f"density/{case}/") and name.endswith("/density")
     ]
     assert names
     for name in names:
@@ -588,19 +586,18 @@ def test_density_of_the_original(case):
         density, grid = linops.spectral_density(
             values, weights, **options | {"bins": int(options["bins"])}
         )
-        np.testing.assert_allclose(density, golden[name], rtol=1e-9, atol=1e-11)
-        ends = golden[name.removesuffix("density") + "grid_first_last"]
-        np.testing.assert_allclose(grid[[0, -1]], ends, rtol=1e-12)
+        assert_allclose(density, GOLDEN[name], rtol=1e-9, atol=1e-11)
+        ends = GOLDEN[name.removesuffix("density") + "grid_first_last"]
+        assert_allclose(grid[[0, -1]], ends, rtol=1e-12)
 
 
 def test_fine_density_of_the_original():
     """Gaussians narrower than the grid, each recovered from its two largest bins, give all others
     and no more.
     """
-    golden = golden_data.load("10_hessian.npz")
     bins, expected = (
-        golden["pipeline/density_nonzero_bins"],
-        golden["pipeline/density_nonzero_values"],
+        GOLDEN["pipeline/density_nonzero_bins"],
+        GOLDEN["pipeline/density_nonzero_values"],
     )
     grid = golden_data.fine_grid()
     variance = 1e-10 * max(1, grid[-1] - grid[0])
@@ -611,11 +608,11 @@ def test_fine_density_of_the_original():
         (x, y), ratio = grid[bins[[k, j]]], expected[k] / expected[j]
         values.append((x + y) / 2 - variance * np.log(ratio) / (y - x))
         weights.append(expected[k] * np.exp((x - values[-1]) ** 2 / (2 * variance)))
-    assert len(values) == golden["lanczos/main/ritz_values"].size
+    assert len(values) == GOLDEN["lanczos/main/ritz_values"].size
     density, ours = linops.spectral_density(np.array(values), np.array(weights) / np.sum(weights))
-    np.testing.assert_allclose(ours[[0, -1]], grid[[0, -1]], rtol=1e-12)
-    np.testing.assert_array_equal(np.flatnonzero(density), bins)
-    np.testing.assert_allclose(density[bins], expected, rtol=1e-5)
+    assert_allclose(ours[[0, -1]], grid[[0, -1]], rtol=1e-12)
+    assert_array_equal(np.flatnonzero(density), bins)
+    assert_allclose(density[bins], expected, rtol=1e-5)
 
 
 def test_density_integrates_to_one_unless_it_misses_the_grid():
@@ -627,7 +624,7 @@ def test_density_integrates_to_one_unless_it_misses_the_grid():
         0.75, abs=0.2
     )  # cut at the grid's ends
     density, _ = linops.spectral_density(np.array([0.0, 5.0]), np.array([0.5, 0.5]), bins=8)
-    np.testing.assert_array_equal(density, 0)
+    assert_array_equal(density, 0)
 
 
 # Eigenpairs and traces ----------------------------------------------------------------------------
@@ -635,22 +632,22 @@ def test_density_integrates_to_one_unless_it_misses_the_grid():
 
 def test_top_eigenpairs():
     matrix = dense([*spectrum("normal", 27), 9.0, -8.0, 7.0])
-    start = jnp.asarray(np.random.default_rng(0).normal(size=30), jnp.float32)
+    start = jnp.asarray(default_rng(0).normal(size=30), jnp.float32)
     matvec = product(matrix, jnp.float32)
     values, vectors, residuals = linops.top_eigenpairs(3, 18)(matvec, start)
-    np.testing.assert_allclose(values, [9, -8, 7], rtol=1e-5)
-    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
+    assert_allclose(values, [9, -8, 7], rtol=1e-5)
+    assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
     true = [
         np.linalg.norm(matrix @ v - value * v)
         for value, v in zip(values, np.asarray(vectors, np.float64))
     ]
-    np.testing.assert_allclose(residuals, true, atol=2e-5)
+    assert_allclose(residuals, true, atol=2e-5)
     early = linops.top_eigenpairs(2, 6, on_host=True)(matvec, start)
     true = [
         np.linalg.norm(matrix @ v - value * v)
         for value, v in zip(early.values, np.asarray(early.vectors))
     ]
-    np.testing.assert_allclose(early.residuals, true, rtol=1e-3, atol=1e-5)
+    assert_allclose(early.residuals, true, rtol=1e-3, atol=1e-5)
     assert (
         np.abs(np.subtract.outer(early.values, np.linalg.eigvalsh(matrix))).min(1)
         <= early.residuals + 1e-5
@@ -692,7 +689,7 @@ def test_the_standard_error_of_a_trace_has_the_size_of_its_errors():
     matvec = product(dense(spectrum("outliers", 20)), jnp.float32)
     estimate = jax.jit(jax.vmap(lambda key: linops.hutchinson(2)(matvec, key, LIKE)))
     found = estimate(jax.random.split(jax.random.key(0), 4000))
-    np.testing.assert_allclose(np.mean(found.standard_error**2), np.var(found.trace), rtol=0.1)
+    assert_allclose(np.mean(found.standard_error**2), np.var(found.trace), rtol=0.1)
 
 
 @hypothesis.given(SEED)
@@ -700,7 +697,7 @@ def test_the_standard_error_of_a_trace_has_the_size_of_its_errors():
 def test_hutchpp_is_exact_for_low_rank(seed):
     matrix = dense([5.0, -3.0, 2.0, 0.5, *np.zeros(16)], seed)
     found = traced_hutchpp(jnp.asarray(matrix, jnp.float32), jax.random.key(seed))
-    np.testing.assert_allclose(found.trace, 4.5, atol=1e-4)
+    assert_allclose(found.trace, 4.5, atol=1e-4)
     assert found.standard_error < 1e-4
 
 
@@ -744,7 +741,7 @@ def test_the_documented_split_leaves_parameters_only():
     net = nnx.jit(lambda: Mixed(nnx.Rngs(0)))()
     net.eval()
     graph, params, rest = nnx.split(net, nnx.Param, ...)
-    x = np.random.default_rng(0).normal(size=(6, 3)).astype(np.float32)
+    x = default_rng(0).normal(size=(6, 3)).astype(np.float32)
     loss = lambda params: jnp.mean(nnx.merge(graph, params, rest)(x) ** 2)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 3 * 4 + 4 + 2 * 4 + 4 * 2 + 2
     vector, rebuild = jax.flatten_util.ravel_pytree(params)
@@ -752,7 +749,7 @@ def test_the_documented_split_leaves_parameters_only():
     signs = linops.rademacher(jax.random.key(1), params)
     product = jax.jit(lambda signs: linops.hvp(loss, params)(signs))(signs)
     flat = lambda tree: jax.flatten_util.ravel_pytree(tree)[0]
-    np.testing.assert_allclose(flat(product), dense @ flat(signs), atol=1e-5)
+    assert_allclose(flat(product), dense @ flat(signs), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -781,7 +778,7 @@ def test_narrow_parameters_have_curvature():
     product = linops.hvp(lambda p: jnp.sum(jnp.square(x @ p["w"])), params)
     estimate = jax.jit(lambda key: linops.hutchpp(24)(product, key, params))
     trace, error = estimate(jax.random.key(0))
-    np.testing.assert_allclose(trace, 2 * 5 * 6 * 4, rtol=0.01)
+    assert_allclose(trace, 2 * 5 * 6 * 4, rtol=0.01)
     assert error < 1
     with pytest.raises(TypeError, match="float32"):
         linops.lanczos(3)(product, linops.rademacher(jax.random.key(0), params))
@@ -789,7 +786,7 @@ def test_narrow_parameters_have_curvature():
 
 
 def test_curvature_on_meshes():
-    rng = np.random.default_rng(0)
+    rng = default_rng(0)
     matrices = rng.normal(size=(2, 6, 6)).astype(np.float32)
     starts = np.sign(rng.normal(size=(2, 6))).astype(np.float32)
 

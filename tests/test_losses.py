@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from numpy.testing import assert_allclose
 
 from sparsity_jax import losses, tables
 
@@ -15,16 +16,16 @@ LABELS = jnp.asarray([0, 2, 1])
 
 def test_cross_entropy_is_in_nats_per_example():
     found = losses.cross_entropy(LOGITS, LABELS)
-    np.testing.assert_allclose(
+    assert_allclose(
         found, optax.softmax_cross_entropy_with_integer_labels(LOGITS, LABELS), rtol=1e-6
     )
-    np.testing.assert_allclose(found[2], np.log(3), rtol=1e-6)
+    assert_allclose(found[2], np.log(3), rtol=1e-6)
 
 
 def test_masked_classes_have_no_share():
     logits = jnp.array([[1.0, 0.0, -jnp.inf]])
     expected = optax.softmax_cross_entropy_with_integer_labels(logits[:, :2], jnp.array([0]))
-    np.testing.assert_allclose(losses.cross_entropy(logits, jnp.array([0])), expected, rtol=1e-6)
+    assert_allclose(losses.cross_entropy(logits, jnp.array([0])), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
@@ -33,20 +34,18 @@ def test_smoothing_mixes_in_the_uniform_distribution(smoothing, temperature):
     targets = (1 - smoothing) * jax.nn.one_hot(LABELS, 3) + smoothing / 3
     expected = optax.softmax_cross_entropy(LOGITS / temperature, targets)
     found = losses.cross_entropy(LOGITS, LABELS, label_smoothing=smoothing, temperature=temperature)
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_mean_squared_error_is_the_mean_over_classes():
-    np.testing.assert_allclose(
-        losses.mean_squared_error(LOGITS, LABELS)[0], (1 + 1 + 1) / 3, rtol=1e-6
-    )
+    assert_allclose(losses.mean_squared_error(LOGITS, LABELS)[0], (1 + 1 + 1) / 3, rtol=1e-6)
 
 
 @pytest.mark.parametrize("loss", losses.LOSSES.values())
 def test_narrow_logits_are_widened(loss):
     narrow = LOGITS.astype(jnp.bfloat16)
     assert loss(narrow, LABELS).dtype == jnp.float32
-    np.testing.assert_allclose(loss(narrow, LABELS), loss(LOGITS, LABELS), rtol=1e-6)
+    assert_allclose(loss(narrow, LABELS), loss(LOGITS, LABELS), rtol=1e-6)
     with jax.enable_x64(True):
         assert loss(jnp.asarray(np.asarray(LOGITS), jnp.float64), LABELS).dtype == jnp.float64
 

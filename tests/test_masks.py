@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from numpy.random import default_rng
+from numpy.testing import assert_array_equal
 
 from sparsity_jax import masks, polytopes, trees
 from sparsity_jax.masks import search
@@ -61,25 +63,25 @@ def test_mask_equals_sorting(scores, data):
     k = data.draw(st.integers(0, scores.size))
     mask, value, by_magnitude = selected(scores, k)
     expected, order = reference(scores, k)
-    np.testing.assert_array_equal(mask, expected)
+    assert_array_equal(mask, expected)
     if k:
         exact = scores[order[k - 1]]
-        np.testing.assert_array_equal(value, 0 if abs(exact) < TINY else exact)
+        assert_array_equal(value, 0 if abs(exact) < TINY else exact)
     expected, _ = reference(np.abs(scores), k)
-    np.testing.assert_array_equal(by_magnitude, expected)
+    assert_array_equal(by_magnitude, expected)
 
 
 def test_special_values_as_users_compile(as_users_compile):
     scores = np.float32([np.nan, 1, -0.0, 1e-45, np.inf, -1e-42, 0, -np.inf, -1, 3.4e38, 1])
     compiled = jax.jit(lambda scores, k: masks.k_largest_mask(scores, k))
     for k in range(scores.size + 1):
-        np.testing.assert_array_equal(compiled(scores, k), reference(scores, k)[0])
+        assert_array_equal(compiled(scores, k), reference(scores, k)[0])
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("distribution", ["normal", "uniform", "coarse", "cauchy", "constant"])
 def test_every_float_type(dtype, distribution):
-    rng = np.random.default_rng(0)
+    rng = default_rng(0)
     draw = dict(
         normal=rng.normal(size=5000),
         uniform=rng.random(5000),
@@ -93,14 +95,14 @@ def test_every_float_type(dtype, distribution):
             expected, order = reference(
                 scores.astype(jnp.float64 if dtype == "float64" else jnp.float32), k
             )
-            np.testing.assert_array_equal(masks.k_largest_mask(scores, k), expected)
+            assert_array_equal(masks.k_largest_mask(scores, k), expected)
             value = masks.kth_largest(scores, k)
             assert value.dtype == scores.dtype
             assert value == scores.ravel()[order[k - 1]]
 
 
 def test_a_tree_is_ranked_as_one_array_without_being_one():
-    rng = np.random.default_rng(1)
+    rng = default_rng(1)
     tree = {
         "a": jnp.asarray(np.round(rng.normal(size=(3, 4)), 1), jnp.float32),
         "b": [jnp.asarray(np.round(rng.normal(size=17), 1), jnp.float32), jnp.zeros(())],
@@ -108,7 +110,7 @@ def test_a_tree_is_ranked_as_one_array_without_being_one():
     flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
     for k in range(flat.size + 1):
         ours = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(mask_of(tree, k))])
-        np.testing.assert_array_equal(ours, reference(flat, k)[0])
+        assert_array_equal(ours, reference(flat, k)[0])
         assert ours.sum() == k
     text = str(jax.make_jaxpr(masks.k_largest_mask)(tree, 3))
     assert "[30]" not in text
@@ -116,10 +118,10 @@ def test_a_tree_is_ranked_as_one_array_without_being_one():
 
 
 def test_vectors_of_k_and_traced_k_compile_once():
-    scores = jnp.asarray(np.random.default_rng(2).normal(size=1000), jnp.float32)
+    scores = jnp.asarray(default_rng(2).normal(size=1000), jnp.float32)
     ks = np.array([[1, 10, 500], [999, 1000, 3]])
     ordered = np.sort(np.asarray(scores))[::-1]
-    np.testing.assert_array_equal(masks.kth_largest(scores, ks), ordered[ks - 1])
+    assert_array_equal(masks.kth_largest(scores, ks), ordered[ks - 1])
     compiled = tiny.jitted_once(lambda s, k: masks.k_largest_mask(s, k).sum())
     assert [int(compiled(scores, k)) for k in (0, 5, 1000)] == [0, 5, 1000]
     batched = jax.vmap(masks.k_largest_mask, in_axes=(None, 0))(scores, jnp.array([2, 700]))
@@ -141,7 +143,7 @@ def test_the_path_of_one_cpu_gives_the_same_answers(monkeypatch, distribution):
     sample misleads.
     """
     monkeypatch.setattr(trees, "_one_cpu", lambda: True)
-    rng = np.random.default_rng(6)
+    rng = default_rng(6)
     draw = dict(
         normal=rng.normal(size=70003),
         coarse=np.round(rng.normal(size=70003), 1),
@@ -163,15 +165,15 @@ def test_the_path_of_one_cpu_gives_the_same_answers(monkeypatch, distribution):
             expected, order = reference(ranked, k)
             mask, value = of_one_cpu(scores, k, magnitude)
             ours = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(mask)])
-            np.testing.assert_array_equal(ours, expected)
-            np.testing.assert_array_equal(value, ranked[order[k - 1]])
+            assert_array_equal(ours, expected)
+            assert_array_equal(value, ranked[order[k - 1]])
 
 
 def test_the_search_is_short(monkeypatch):
     """A dozen or two counts, not a sort."""
     for draw in (
-        np.random.default_rng(3).normal(size=4000),
-        np.exp2(np.random.default_rng(4).uniform(-99, 99, 4000)),
+        default_rng(3).normal(size=4000),
+        np.exp2(default_rng(4).uniform(-99, 99, 4000)),
     ):
         scores = [jnp.asarray(draw, jnp.float32)]
         counted = []
@@ -190,10 +192,10 @@ def test_sharded_scores_are_not_gathered():
     assert jax.device_count() == 8  # tests/conftest.py
     mesh = jax.make_mesh((jax.device_count(),), ("x",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
-    scores = np.round(np.random.default_rng(5).normal(size=(1024, 8)), 2).astype(np.float32)
+    scores = np.round(default_rng(5).normal(size=(1024, 8)), 2).astype(np.float32)
     placed = jax.device_put(scores, sharding)
     compiled = jax.jit(masks.k_largest_mask, out_shardings=sharding).lower(placed, 777).compile()
-    np.testing.assert_array_equal(compiled(placed, 777), reference(scores, 777)[0])
+    assert_array_equal(compiled(placed, 777), reference(scores, 777)[0])
     text = compiled.as_text()
     assert "all-reduce" in text
     assert "all-gather" not in text
@@ -210,7 +212,7 @@ def test_what_an_earlier_mask_left_out_goes_first(scores, data):
         among = min(k, int(before.sum()))
         assert (mask & before).sum() == among
         expected, _ = reference(sizes[before], among)
-        np.testing.assert_array_equal(mask[before], expected)
+        assert_array_equal(mask[before], expected)
 
 
 def test_weights_that_became_zero_do_not_tie_with_those_pruned_before():
@@ -247,43 +249,24 @@ def test_decimal_shares_mean_what_they_say(thousandths, total):
     assert masks.count_of(1 / total, total, rounding="floor") == 1
 
 
-MESH_AXIS = jax.sharding.PartitionSpec("x")
 ON_EACH = {
     "mask": lambda x: masks.k_largest_mask(x, 5),
     "mask after another": lambda x: masks.k_largest_mask(x, 5, magnitude=True, before=x > 0),
-    "threshold": lambda x: masks.kth_largest(x, 5) * jnp.ones_like(x),
+    "threshold": lambda x: masks.kth_largest(x, 5),
     "vertex": polytopes.KSparse(5, 1.0).lmo,
     "projection": polytopes.KSparse(5, 0.5).project,
     "L1 projection": polytopes.LpBall(0.5, 1).project,
     "L3 vertex": polytopes.LpBall(0.5, 3).lmo,
-    "norm": lambda x: trees.norm(x) * jnp.ones_like(x),
+    "norm": trees.norm,
 }
-
-
-def on_each(x):
-    return {name: function(x) for name, function in ON_EACH.items()}
 
 
 def test_values_that_differ_between_devices_and_explicit_meshes():
     """Inside shard_map each device has an array of its own; under an explicit mesh all share
     one.
     """
-    x = np.random.default_rng(0).normal(size=(8, 32)).astype(np.float32)
-    compiled = functools.partial(
-        jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-    )  # run once
-    alone = compiled(jax.vmap(on_each))(x)
-    whole = compiled(on_each)(x)
-    kinds = jax.sharding.AxisType
-    mesh = jax.make_mesh((8,), ("x",), axis_types=(kinds.Auto,))
-    row = lambda x: jax.tree.map(lambda y: y[None], on_each(x[0]))
-    mapped = compiled(jax.shard_map(row, mesh=mesh, in_specs=MESH_AXIS, out_specs=MESH_AXIS))(x)
-    explicit = jax.make_mesh((8,), ("x",), axis_types=(kinds.Explicit,))
-    with jax.set_mesh(explicit):
-        shared = compiled(on_each)(jax.device_put(x, jax.NamedSharding(explicit, MESH_AXIS)))
-    for name in ON_EACH:
-        np.testing.assert_allclose(mapped[name], alone[name], rtol=1e-5, err_msg=name)
-        np.testing.assert_allclose(shared[name], whole[name], rtol=1e-5, err_msg=name)
+    on_each = lambda x: {name: function(x) for name, function in ON_EACH.items()}
+    tiny.check_on_meshes(on_each, default_rng(0).normal(size=(2, 32)).astype(np.float32))
 
 
 def test_random_masks_count_exactly():
@@ -318,7 +301,7 @@ def test_apply_density_and_sparsity():
     tree = {"a": jnp.array([1.0, np.nan, 3.0]), "b": jnp.ones((2, 2))}
     mask = {"a": jnp.array([True, False, True]), "b": jnp.zeros((2, 2), bool)}
     masked = masks.apply(tree, mask)
-    np.testing.assert_array_equal(masked["a"], [1.0, 0.0, 3.0])
+    assert_array_equal(masked["a"], [1.0, 0.0, 3.0])
     assert float(masks.sparsity(mask)) == pytest.approx(5 / 7)
     assert float(masks.sparsity(masked)) == pytest.approx(5 / 7)
     assert float(masks.sparsity(masks.full(tree))) == 0.0

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
 from flax import nnx
+from numpy.testing import assert_allclose, assert_array_equal
 
 from sparsity_jax import growing, optim, polytopes, saliency, trees
 
@@ -55,7 +57,7 @@ def run(tx, *args):
 
 def same_params(found, expected):
     for name, (params, _) in found.items():
-        close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7, err_msg=name)
+        close = functools.partial(assert_allclose, rtol=1e-5, atol=1e-7, err_msg=name)
         jax.tree.map(close, params, expected[name][0])
 
 
@@ -76,7 +78,7 @@ def test_the_rate_is_found_in_every_wrapper(wrapper):
     results = run_all(made, 4 if wrapper.startswith("MultiSteps") else 2)
     for name, (_, state) in results.items():
         rate = INJECTED[name][1][1]
-        np.testing.assert_allclose(optim.learning_rate(state), rate, rtol=1e-6, err_msg=name)
+        assert_allclose(optim.learning_rate(state), rate, rtol=1e-6, err_msg=name)
 
 
 class Names(NamedTuple):
@@ -139,7 +141,7 @@ def test_trees_of_nnx_states_mean_their_arrays(name):
         optimizer.update(net, jax.tree.map(jnp.ones_like, nnx.state(net, nnx.Param)))
         results.append(jax.tree.leaves(nnx.to_pure_dict(nnx.state(net, nnx.Param))))
     for other in results[:2]:
-        jax.tree.map(np.testing.assert_array_equal, other, results[2])
+        jax.tree.map(assert_array_equal, other, results[2])
 
 
 @pytest.mark.parametrize("name", OF_TREES)
@@ -149,7 +151,7 @@ def test_trees_serve_what_a_mask_shows(name):
     mask = {"a": {"kernel": True}, "b": False}
     masked, _ = run(optax.masked(make(whole), mask), 2)
     alone, _ = run(make(entry), 2, PARAMS["a"], GRADS["a"])
-    np.testing.assert_array_equal(masked["a"]["kernel"], alone["kernel"])
+    assert_array_equal(masked["a"]["kernel"], alone["kernel"])
 
 
 @pytest.mark.parametrize("name", OF_TREES)
@@ -271,8 +273,8 @@ def test_the_sum_of_squares_grows_for_ever():
 
     state, updates = jax.lax.scan(step, tx.init(ones), None, length=4096)
     root = optax.tree.get(state, "root")
-    np.testing.assert_allclose(root, 64.0, rtol=1e-4)
-    np.testing.assert_allclose(np.asarray(updates[-1], float), -0.1 / 64, rtol=2**-8)
+    assert_allclose(root, 64.0, rtol=1e-4)
+    assert_allclose(np.asarray(updates[-1], float), -0.1 / 64, rtol=2**-8)
 
 
 @pytest.mark.parametrize(
@@ -301,7 +303,7 @@ def test_squares_of_huge_gradients_stay_in_range(accumulator, huge, rounding):
 
     with jax.enable_x64(True):
         expected = updates(jax.tree.map(lambda g: g.astype(jnp.float64), gradients), None)
-    np.testing.assert_allclose(updates(gradients, accumulator), expected, rtol=4 * rounding)
+    assert_allclose(updates(gradients, accumulator), expected, rtol=4 * rounding)
 
 
 # Derivatives --------------------------------------------------------------------------------------
@@ -336,7 +338,7 @@ def test_gradients_through_steps_are_right_where_gradients_are_zero(name, constr
         value = jax.jit(after)
         by_lr = (value(lr + small, shift) - value(lr - small, shift)) / (2 * small)
         by_shift = (value(lr, shift + small) - value(lr, shift - small)) / (2 * small)
-    np.testing.assert_allclose(found, [by_lr, by_shift], rtol=1e-4, atol=1e-7)
+    assert_allclose(found, [by_lr, by_shift], rtol=1e-4, atol=1e-7)
 
 
 # Proximal steps -----------------------------------------------------------------------------------
@@ -379,8 +381,8 @@ def test_every_accepted_optimizer_solves_the_stated_lasso():
     ends, _ = jax.lax.scan(step, start, jnp.arange(600))
     expected = np.sign(TARGET) * np.maximum(np.abs(TARGET) - STRENGTH, 0)
     for name, (w, _) in ends.items():
-        np.testing.assert_allclose(w, expected, atol=1e-5, err_msg=name)
-        np.testing.assert_array_equal(np.asarray(w) == 0, expected == 0, err_msg=name)
+        assert_allclose(w, expected, atol=1e-5, err_msg=name)
+        assert_array_equal(np.asarray(w) == 0, expected == 0, err_msg=name)
 
 
 REFUSED = {
@@ -411,7 +413,7 @@ def test_a_rate_inside_a_trace_is_not_tried_out():
         tx = optim.proximal_l1(descent(rate), 0.5)
         return w + tx.update(w, tx.init(w), w)[0]
 
-    np.testing.assert_allclose(moved(0.1), 1 - 0.1 - 0.05, rtol=1e-6)
+    assert_allclose(moved(0.1), 1 - 0.1 - 0.05, rtol=1e-6)
 
 
 def test_dampening_without_momentum_does_nothing():
@@ -420,7 +422,7 @@ def test_dampening_without_momentum_does_nothing():
         state = tx.init(TARGET)
         for factor in (1.0, 3.0):
             updates, state = tx.update(factor * TARGET, state)
-            np.testing.assert_allclose(updates, factor * TARGET, rtol=1e-6)
+            assert_allclose(updates, factor * TARGET, rtol=1e-6)
 
 
 # Every transformation in every wrapper ------------------------------------------------------------
@@ -477,31 +479,19 @@ def test_states_follow_the_conventions_of_optax(name):
     assert jax.eval_shape(step, params)["empty"].shape == (0, 3)
 
 
-MESH = [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit]
-
-
-@pytest.mark.parametrize("axis", MESH, ids=["shard_map", "explicit"])
-def test_every_transformation_runs_on_a_mesh(axis):
+def test_every_transformation_runs_on_meshes():
     """In `shard_map`, each device takes its block for the whole; and with arrays on an explicit
     mesh.
     """
-    mesh = jax.make_mesh((2,), ("d",), axis_types=(axis,))
-    params = {"a": {"kernel": jnp.linspace(-0.4, 0.4, 24).reshape(8, 3)}}
-    grads = jax.tree.map(jnp.cos, params)
-    spec = jax.sharding.PartitionSpec("d")
-    halves = [jax.tree.map(lambda x, i=i: x[4 * i : 4 * i + 4], (params, grads)) for i in range(2)]
-    in_blocks = axis == jax.sharding.AxisType.Auto
-    seen = halves[0][0] if in_blocks else params
-    transformations = TRANSFORMATIONS | {  # made for the paths and shapes they see
-        "add_l2": optim.add_l2(jax.tree.map(lambda _: 0.1, seen)),
-        "growing_l2": growing.growing_l2(growing.layers(seen, {"a/kernel": 0.5}), update_every=1),
+    kernels = np.linspace(-0.4, 0.4, 24, dtype=np.float32).reshape(2, 4, 3)
+    layers = growing.layers({"a": {"kernel": kernels[0]}}, {"a/kernel": 0.5})
+    transformations = TRANSFORMATIONS | {  # made for these paths and shapes
+        "add_l2": optim.add_l2({"a": {"kernel": 0.1}}),
+        "growing_l2": growing.growing_l2(layers, update_every=1),
     }
 
-    def descend(params, grads):
-        return {name: two_steps(tx, params, grads) for name, tx in transformations.items()}
-
-    def two_steps(tx, params, grads):
-        tx = optax.with_extra_args_support(tx)
+    def two_steps(tx, params):
+        tx, grads = optax.with_extra_args_support(tx), jax.tree.map(jnp.cos, params)
 
         def step(carry, _):
             params, state = carry
@@ -510,19 +500,12 @@ def test_every_transformation_runs_on_a_mesh(axis):
 
         return jax.lax.scan(step, (params, tx.init(params)), None, length=2)[0][0]
 
-    if in_blocks:
-        blocks = jax.jit(jax.shard_map(descend, mesh=mesh, in_specs=(spec, spec), out_specs=spec))
-        found = blocks(params, grads)
-        alone = jax.jit(descend)
-        expected = jax.tree.map(lambda *x: np.concatenate(x), *(alone(*half) for half in halves))
-    else:
-        sharding = jax.NamedSharding(mesh, spec)
-        with jax.set_mesh(mesh):
-            found = jax.jit(descend)(*jax.device_put((params, grads), sharding))
-        expected = jax.jit(descend)(params, grads)
-    for name, moved in found.items():
-        a, b = (np.asarray(tree["a"]["kernel"]) for tree in (moved, expected[name]))
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7, err_msg=name)
+    def descend(kernel):
+        return {
+            name: two_steps(tx, {"a": {"kernel": kernel}}) for name, tx in transformations.items()
+        }
+
+    tiny.check_on_meshes(descend, kernels)
 
 
 INJECTABLE = {

@@ -11,6 +11,8 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from numpy.random import default_rng
+from numpy.testing import assert_allclose
 
 from sparsity_jax import (
     allocate,
@@ -28,7 +30,7 @@ from sparsity_jax import (
 )
 
 TYPES = ("float16", "bfloat16", "float32", "float64")
-RANDOM = np.random.default_rng(0)
+RANDOM = default_rng(0)
 SIGNS = RANDOM.choice([-1.0, 1.0], (4, 6))
 DRAWN = SIGNS * RANDOM.uniform(1, 8, (4, 6))
 SETS = {
@@ -140,9 +142,7 @@ REDUCTIONS = {
 }
 
 
-@functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-)  # run a few times only
+@jax.jit
 def reduced(x, unit):
     return {name: function(x, unit) for name, function in REDUCTIONS.items()}
 
@@ -160,7 +160,7 @@ def test_reductions_depend_neither_on_the_type_nor_on_the_scale(dtype):
             for name, value in found.items():
                 wide = np.asarray(value, np.float64)
                 message = f"{name} of {dtype} in units of {unit:.0e}"
-                np.testing.assert_allclose(
+                assert_allclose(
                     wide, expected[name], rtol=rounding, atol=rounding + least, err_msg=message
                 )
                 check_inside(name, wide, 1 + 4 * float(info.eps) + least)
@@ -187,7 +187,7 @@ def test_sizes_on_the_host_and_noise_follow_the_scale(dtype):
             params = {"kernel": jnp.asarray(DRAWN, dtype) * jnp.asarray(unit, dtype)}
             distances = width.distances(params)
             norm = np.linalg.norm(np.asarray(params["kernel"], np.float64))
-            np.testing.assert_allclose([distances.norm_sum, distances.at(1.0)], norm, rtol=1e-6)
+            assert_allclose([distances.norm_sum, distances.at(1.0)], norm, rtol=1e-6)
             noisy = surgery.add_noise(params, jax.random.key(0), std=0.5, relative=True)
             change = np.asarray(noisy["kernel"], np.float64) - np.asarray(
                 params["kernel"], np.float64
@@ -205,7 +205,7 @@ def test_the_product_with_a_square_keeps_its_range(dtype, unit):
     )
     assert square.dtype == jnp.float32
     exact = np.square(np.asarray(diagonal, np.float64))
-    np.testing.assert_allclose(
+    assert_allclose(
         np.asarray(square, np.float64) / unit**2, exact, rtol=4 * float(jnp.finfo(dtype).eps)
     )
 
@@ -213,22 +213,22 @@ def test_the_product_with_a_square_keeps_its_range(dtype, unit):
 @pytest.mark.parametrize("scale", [1e-30, 1e-18, 1.0, 1e18])
 def test_lanczos_follows_the_unit_of_the_operator(scale):
     eigenvalues = np.linspace(-1, 3, 30)
-    basis = np.linalg.qr(np.random.default_rng(0).normal(size=(30, 30)))[0]
+    basis = np.linalg.qr(default_rng(0).normal(size=(30, 30)))[0]
     matrix = jnp.asarray(basis * eigenvalues @ basis.T, jnp.float32)
-    start = jnp.asarray(np.sign(np.random.default_rng(1).normal(size=30)), jnp.float32)
+    start = jnp.asarray(np.sign(default_rng(1).normal(size=30)), jnp.float32)
     tridiagonal = steps_of(matrix, jnp.float32(scale), start)
     assert int(tridiagonal.num_steps) == 12
     values, weights = linops.ritz(tridiagonal)
     expected, shares = linops.ritz(steps_of(matrix, jnp.float32(1), start))
-    np.testing.assert_allclose(values / scale, expected, atol=1e-5)
-    np.testing.assert_allclose(weights, shares, atol=1e-5)
+    assert_allclose(values / scale, expected, atol=1e-5)
+    assert_allclose(weights, shares, atol=1e-5)
     moved = tridiagonal._replace(alphas=tridiagonal.alphas + np.float32(scale))
     last = linops.border_for(moved)
     values, _, _ = linops.bordered(moved, last=last)
-    np.testing.assert_allclose(values[0] / scale, 0, atol=1e-4)
+    assert_allclose(values[0] / scale, 0, atol=1e-4)
     trace, error = linops.hutchpp(12)(lambda v: scale * (matrix @ v), jax.random.key(0), start)
     one, deviation = linops.hutchpp(12)(lambda v: matrix @ v, jax.random.key(0), start)
-    np.testing.assert_allclose([trace / scale, error / scale], [one, deviation], rtol=1e-3)
+    assert_allclose([trace / scale, error / scale], [one, deviation], rtol=1e-3)
 
 
 @functools.partial(jax.jit, static_argnames="num")

@@ -2,12 +2,14 @@
 networks.
 """
 
+import functools
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal, assert_equal
 
 from sparsity_jax import groups, models, probes, trees
 
@@ -51,11 +53,11 @@ def test_oracle_is_brute_force(counts, batch):
         )
     ]
     losses = np.array([value_of(keep) for keep in expected])
-    np.testing.assert_array_equal(found.losses, losses)
+    assert_array_equal(found.losses, losses)
     for row, keep in enumerate(expected):
-        np.testing.assert_equal(found.keep(row), keep)
+        assert_equal(found.keep(row), keep)
         assert probes.rank(found, keep) == 1 + sum(losses < losses[row])
-    np.testing.assert_equal(found.best, expected[int(np.argmin(losses))])
+    assert_equal(found.best, expected[int(np.argmin(losses))])
 
 
 def test_oracle_of_a_network_with_and_without_fine_tuning():
@@ -106,7 +108,7 @@ def test_oracle_takes_what_diverges_for_the_worst():
     found = probes.oracle(
         lambda keep: np.where(keep["a"][:, 0], np.nan, 1.0), {"a": (3, 1)}, batch=2
     )
-    np.testing.assert_array_equal(found.losses, [1, np.inf, np.inf])
+    assert_array_equal(found.losses, [1, np.inf, np.inf])
     assert probes.rank(found, {"a": np.array([True, False, True])}) == 2
 
 
@@ -139,30 +141,30 @@ def test_oracle_refuses():
 @pytest.mark.parametrize("shape", [(3, 7), (7, 3), (5, 5)])
 def test_a_linear_network_has_the_singular_values_of_its_matrix(shape):
     with jax.enable_x64(True):
-        matrix = jax.random.normal(KEY, shape, jnp.float64)
-        inputs = jax.random.normal(KEY, (4, shape[0]), jnp.float64)
-        values = probes.jacobian_singular_values(lambda w, x: x @ w + 1.0, matrix, inputs)
-        expected = np.linalg.svd(np.asarray(matrix), compute_uv=False)
-        np.testing.assert_allclose(values, np.tile(expected, (4, 1)), rtol=1e-12)
+        draw = np.random.default_rng(0).normal
+        matrix, inputs = draw(size=shape), draw(size=(4, shape[0]))
+        measure = functools.partial(probes.jacobian_singular_values, lambda w, x: x @ w + 1.0)
+        values = jax.jit(measure)(matrix, inputs)
+        expected = np.linalg.svd(matrix, compute_uv=False)
+        assert_allclose(values, np.tile(expected, (4, 1)), rtol=1e-12)
 
 
 def test_orthogonal_layers_are_isometric():
-    left, right = (
-        jnp.linalg.qr(jax.random.normal(jax.random.key(i), (16, 16)))[0] for i in range(2)
-    )
-    inputs = jax.random.normal(KEY, (3, 4, 4, 1))
+    draw = np.random.default_rng(0).normal
+    left, right = np.linalg.qr(np.float32(draw(size=(2, 16, 16))))[0]
+    inputs = np.float32(draw(size=(3, 4, 4, 1)))
     apply = lambda variables, x: (x.reshape(len(x), -1) @ variables[0] @ variables[1]).reshape(
         x.shape
     )
-    values = jax.jit(lambda v, x: probes.jacobian_singular_values(apply, v, x))(
-        (left, right), inputs
-    )
-    found = probes.isometry(values)
-    np.testing.assert_allclose(found, [1, 0, 1, 1], atol=1e-5)
-    halved = probes.isometry(
-        probes.jacobian_singular_values(apply, (left, right.at[:, :4].set(0)), inputs)
-    )
-    np.testing.assert_allclose(
+
+    @jax.jit
+    def measure(*variables):
+        return probes.isometry(probes.jacobian_singular_values(apply, variables, inputs))
+
+    found = measure(left, right)
+    assert_allclose(found, [1, 0, 1, 1], atol=1e-5)
+    halved = measure(left, right * (np.arange(16) >= 4))
+    assert_allclose(
         found._replace(mean=0.75, std=np.sqrt(0.75 * 0.25), smallest=0), halved, atol=1e-5
     )
 
@@ -182,6 +184,4 @@ def test_a_network_has_the_singular_values_of_its_numerical_jacobian():
         step = 1e-6 * np.eye(8).reshape(8, 2, 4, 1)
         for image, own in zip(np.asarray(images), values):
             numeric = (np.asarray(single(image + step)) - np.asarray(single(image - step))) / 2e-6
-            np.testing.assert_allclose(
-                own, np.linalg.svd(numeric.T, compute_uv=False), rtol=1e-6, atol=1e-9
-            )
+            assert_allclose(own, np.linalg.svd(numeric.T, compute_uv=False), rtol=1e-6, atol=1e-9)

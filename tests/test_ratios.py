@@ -14,12 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from numpy.testing import assert_array_equal
 from test_models import created
 
 from sparsity_jax import allocate, cost, groups, masks, models, ratios, tables
 from sparsity_jax.models import vgg
 
 FILE = "09_stage_pr.npz"
+GOLDEN = golden_data.load(FILE)
 GRANULARITIES = ("filter", "channel", "weight")
 RESIDUAL = golden_data.parts(FILE, r"resnet/(\w+)/")
 SINGLE = golden_data.parts(FILE, r"single/(\w+)/")
@@ -30,7 +32,7 @@ SINGLE = golden_data.parts(FILE, r"single/(\w+)/")
 
 def golden(key):
     """(notation, skip, layers, ratios by granularity, all stored arrays of the network)."""
-    own = golden_data.load(FILE).under(key)
+    own = GOLDEN.under(key)
     text = lambda name: str(own[name][0])
     return text("stage_pr"), text("skip_layers"), own["layer_names"].tolist(), own
 
@@ -44,7 +46,7 @@ def test_ratios_of_the_original(key, granularity):
     notation, skip, layers, own = golden(key)
     table = ratios.parse(notation, layers, granularity=granularity, skip=skip, reading="original")
     assert list(table) == layers
-    np.testing.assert_array_equal(list(table.values()), own[f"pr_{granularity}"])
+    assert_array_equal(list(table.values()), own[f"pr_{granularity}"])
 
 
 @pytest.mark.parametrize("name", RESIDUAL)
@@ -61,23 +63,21 @@ def test_layers_are_counted_as_in_the_original(key):
     """A projection shortcut has the number of the layer before it."""
     _, _, layers, own = golden(key)
     counted = [layer.address[2:] != (-1,) for layer in ratios.places(layers)]
-    np.testing.assert_array_equal(np.cumsum(counted) - 1, own["layer_index"])
+    assert_array_equal(np.cumsum(counted) - 1, own["layer_index"])
 
 
 @pytest.mark.parametrize("i", golden_data.parts(FILE, r"single_branch_parse/(\d+)/"))
 def test_ranges_of_the_original(i):
-    stored = golden_data.load(FILE)
-    expected = stored[f"single_branch_parse/{i}/ratio"]
+    expected = GOLDEN[f"single_branch_parse/{i}/ratio"]
     layers = [f"layer {j}" for j in range(len(expected))]
-    table = ratios.parse(str(stored[f"single_branch_parse/{i}/spec"][0]), layers)
-    np.testing.assert_array_equal(list(table.values()), expected)
+    table = ratios.parse(str(GOLDEN[f"single_branch_parse/{i}/spec"][0]), layers)
+    assert_array_equal(list(table.values()), expected)
 
 
 @pytest.mark.parametrize("i", golden_data.parts(FILE, r"list_parse/(\d+)/"))
 def test_lists_of_the_original(i):
-    stored = golden_data.load(FILE)
-    items = stored[f"list_parse/{i}/items"].tolist()
-    text = str(stored[f"list_parse/{i}/spec"][0])
+    items = GOLDEN[f"list_parse/{i}/items"].tolist()
+    text = str(GOLDEN[f"list_parse/{i}/spec"][0])
     # a list of ratios begins with that of the first stage, 0; no list of places to skip does
     if items[0] == "0":
         layers = [
@@ -366,7 +366,7 @@ def test_inherited():
     layers = ["conv/kernel", "fc/kernel"]
     for granularity, kept in (("filter", keep_out), ("channel", keep_in), ("weight", kernel)):
         found = ratios.kept_groups(own, layers, granularity=granularity)
-        np.testing.assert_array_equal(found["conv/kernel"], kept)
+        assert_array_equal(found["conv/kernel"], kept)
         table = ratios.inherited(own, layers, granularity=granularity)
         assert table == {"conv/kernel": pytest.approx(1 - kept.mean()), "fc/kernel": 0}
         assert masks.num_pruned(table["conv/kernel"], kept.size) == (~kept).sum()

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import tiny
 from matplotlib import colors
+from numpy.testing import assert_allclose
 
 from sparsity_jax import report
 from sparsity_jax.report import __main__ as command
@@ -256,7 +257,7 @@ def test_a_curve_of_a_pruned_network_starts_where_its_masks_are():
         for r in (0.0, 0.5, 0.9, 0.97, 0.99)
     ]
     curves = series.curves(series.group(rows))
-    np.testing.assert_allclose(curves["removed"], [0.97, 0.99])
+    assert_allclose(curves["removed"], [0.97, 0.99])
     (line,) = table_of(rows)
     assert not {"dense", "0.9", "largest"} & set(line.cells)
     assert line.cells["0.99"][0] == 0.5
@@ -403,8 +404,8 @@ def test_magnitudes_of_every_visit_are_in_the_table(tmp_path, sketches):
     rows = [weights_row(0), weights_row(20, visit=2)]
     section = training.magnitudes(series.group(rows))
     (line,) = section.figure.axes[0].lines  # the last visit
-    np.testing.assert_allclose(line.get_xdata(), [-1.5, -0.5])
-    np.testing.assert_allclose(line.get_ydata(), [0.3, 0.5])
+    assert_allclose(line.get_xdata(), [-1.5, -0.5])
+    assert_allclose(line.get_ydata(), [0.3, 0.5])
     text = page_of(tmp_path, rows)
     assert "A, weights, visit 1" in text
     assert "A, weights, visit 2" in text
@@ -416,7 +417,7 @@ def test_sfw_init_shows_one_visit_only():
     rows = [row | {"visit": 1, "iteration": i, "loss_after": 2.0} for i in range(5)]
     rows += [row | {"visit": 2, "iteration": i, "loss_after": 1.0} for i in range(3)]
     after, _ = training.sfw_init(series.group(rows)).figure.axes[0].lines
-    np.testing.assert_allclose(after.get_ydata(), [1.0] * 3)
+    assert_allclose(after.get_ydata(), [1.0] * 3)
 
 
 def test_structured_curves_tell_channels_and_zeros(tmp_path, sketches):
@@ -866,22 +867,14 @@ def test_main_says_what_is_missing(tmp_path, capsys):
     assert "but a list" in error(tmp_path)
 
 
-def test_import_is_cheap_and_leaves_pyplot_alone():
-    code = (
-        "import sys; import sparsity_jax.report; assert not {'matplotlib', 'tensorboardX', 'jax'} "
-        "& set(sys.modules)"
-    )
-    done = tiny.python("-c", code)
-    assert done.returncode == 0, done.stderr
-
-
-def test_events_are_written_without_torch(tmp_path):
+def test_import_is_cheap_and_events_are_written_without_torch(tmp_path):
     """Which takes seconds to import, and tensorboardX would do so."""
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')", encoding="utf-8")
     code = f"""
 import sys
 sys.path.insert(0, {str(tmp_path)!r})
 from sparsity_jax import report
+assert not {{"matplotlib", "tensorboardX", "jax"}} & set(sys.modules)
 report.Writer({str(tmp_path / "run")!r}).close()
 assert "torch" not in sys.modules
 """
@@ -914,7 +907,7 @@ def test_channel_groups_and_what_is_left_of_them(tmp_path):
         assert text in section
     assert not re.search("#[0-9a-f]{6}", section)  # all colours follow the text
     left = channels.channel_rounds(series.group(rows)[1])
-    np.testing.assert_allclose(1 - left.iloc[0], [12 / 16, 8 / 16, 7 / 16])
+    assert_allclose(1 - left.iloc[0], [12 / 16, 8 / 16, 7 / 16])
     later = [row for row in rows if row["visit"] == 2]
     assert channels.groups(series.group(later)) is None
 

@@ -11,12 +11,14 @@ import golden_data
 import jax
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose
 from test_budgets import by_layer
 from test_scores import Group, member
 
 from sparsity_jax import groups, losses, models, scores
 
 FILE = "07_rounds_and_cap.npz"
+GOLDEN = golden_data.load(FILE)
 HYPER = golden_data.hyper(FILE)
 CASES = golden_data.parts(FILE, r"rounds/([^/]+)/(\w+)/round0/")
 
@@ -25,14 +27,13 @@ def unpacked(net):
     """(names, shapes, parameters, running statistics) of a network before the first round, in
     PyTorch's layouts.
     """
-    golden = golden_data.load(FILE)
-    names = [str(name) for name in golden[f"rounds/{net}/param_names"]]
-    shapes = golden_data.shapes_of(golden[f"rounds/{net}/param_shapes"])
+    names = [str(name) for name in GOLDEN[f"rounds/{net}/param_names"]]
+    shapes = golden_data.shapes_of(GOLDEN[f"rounds/{net}/param_shapes"])
     ends = np.cumsum([np.prod(shape) for shape in shapes])
-    flat = golden[f"rounds/{net}/flat_params"].astype(np.float64)
+    flat = GOLDEN[f"rounds/{net}/flat_params"].astype(np.float64)
     parts = np.split(flat, ends[:-1])
     params = {name: part.reshape(shape) for name, part, shape in zip(names, parts, shapes)}
-    return names, shapes, params, golden[f"rounds/{net}/flat_running_stats"].astype(np.float64)
+    return names, shapes, params, GOLDEN[f"rounds/{net}/flat_running_stats"].astype(np.float64)
 
 
 class Original(NamedTuple):
@@ -44,6 +45,7 @@ class Original(NamedTuple):
     """
 
     apply: Callable
+    mask: Callable
     variables: dict
     channels: groups.Channels
     kernels: list[str]
@@ -59,7 +61,6 @@ def options_of(names, shapes):
 
 @functools.cache
 def original(net):
-    golden = golden_data.load(FILE)
     names, shapes, params, running = unpacked(net)
     variables = golden_data.variables(names, shapes, params)
     norms, stats = golden_data.batch_norms(names, shapes), {}
@@ -68,7 +69,7 @@ def original(net):
         running = running[2 * width :]
     variables["batch_stats"] = golden_data.nest(stats)
     options = options_of(names, shapes)
-    num_classes = golden[f"rounds/{net}/logits_before"].shape[-1]
+    num_classes = GOLDEN[f"rounds/{net}/logits_before"].shape[-1]
     model = models.build(num_classes=num_classes, dtype="float64", param_dtype="float64", **options)
     channels = groups.trace(model.apply, variables, images())
     paths = golden_data.paths(names, shapes)
@@ -78,8 +79,9 @@ def original(net):
     shrinking = [
         name for name, own in producers.items() if list(own.values()).count("producer") == 1
     ]
+    mask = jax.jit(lambda variables, keep: groups.mask(variables, channels, keep))
     return Original(
-        jax.jit(model.apply), variables, channels, kernels, list(norms), owners, shrinking
+        jax.jit(model.apply), mask, variables, channels, kernels, list(norms), owners, shrinking
     )
 
 
@@ -111,7 +113,7 @@ def test_networks_are_those_of_the_hyper_parameters(net):
 
 
 def images():
-    return golden_data.load(FILE)["rounds/x"].transpose(0, 2, 3, 1)
+    return GOLDEN["rounds/x"].transpose(0, 2, 3, 1)
 
 
 def producers_of(group):
@@ -141,8 +143,8 @@ def silenced(it, silent):
 @functools.cache
 def importance(net, measure):
     """scores(variables) of the filters of each convolution, on the original's training batches."""
-    golden, it = golden_data.load(FILE), original(net)
-    inputs, labels = golden["rounds/train_x"], golden["rounds/train_y"]
+    it = original(net)
+    inputs, labels = GOLDEN["rounds/train_x"], GOLDEN["rounds/train_y"]
     num_batches = -(-HYPER["imp_samples"] // labels.shape[1])
     data = (
         np.concatenate(inputs[:num_batches]).transpose(0, 2, 3, 1),
@@ -165,13 +167,10 @@ def importance(net, measure):
 
 @pytest.mark.parametrize(("net", "measure"), CASES)
 def test_networks_after_the_rounds_of_the_original(net, measure):
-    golden = golden_data.load(FILE)
     with jax.enable_x64(True):
         it = original(net)
         logits = it.apply(it.variables, images())
-        np.testing.assert_allclose(
-            logits, golden[f"rounds/{net}/logits_before"], rtol=1e-8, atol=1e-11
-        )
+        assert_allclose(logits, GOLDEN[f"rounds/{net}/logits_before"], rtol=1e-8, atol=1e-11)
         keep = {name: np.ones(group.size, bool) for name, group in it.channels.groups.items()}
         silent = [
             np.zeros(golden_data.leaf(it.variables, kernel).shape[-1], bool)
@@ -181,23 +180,19 @@ def test_networks_after_the_rounds_of_the_original(net, measure):
         for i in range(HYPER["rounds"]):
             prefix = f"rounds/{net}/{measure}/round{i}"
             if "g" in scores.required(measure):
-                theirs = by_layer(golden[f"{prefix}/imp_order"]).values()
+                theirs = by_layer(GOLDEN[f"{prefix}/imp_order"]).values()
                 for found, expected, gone in zip(
                     importance(net, measure)(masked), theirs, silent, strict=True
                 ):
-                    np.testing.assert_allclose(found[~gone], expected, rtol=1e-8, atol=1e-11)
+                    assert_allclose(found[~gone], expected, rtol=1e-8, atol=1e-11)
             for j, owner in enumerate(it.owners):
                 present = ~silent[j] if owner in it.shrinking else np.ones(silent[j].size, bool)
-                assert golden[f"{prefix}/orig_size"][j] == present.sum()
-                gone = np.flatnonzero(present)[golden[f"{prefix}/pruned_idx/{j:02d}"]]
+                assert GOLDEN[f"{prefix}/orig_size"][j] == present.sum()
+                gone = np.flatnonzero(present)[GOLDEN[f"{prefix}/pruned_idx/{j:02d}"]]
                 silent[j][gone] = True
                 if owner in it.shrinking:
                     keep[owner] &= ~silent[j]
-            masked = groups.mask(
-                silenced(it, silent), it.channels, {name: keep[name] for name in it.shrinking}
-            )
+            masked = it.mask(silenced(it, silent), {name: keep[name] for name in it.shrinking})
             logits = it.apply(masked, images())
-            np.testing.assert_allclose(
-                logits, golden[f"{prefix}/logits_after"], rtol=1e-8, atol=1e-11
-            )
-            assert num_params_left(it, keep) == golden[f"{prefix}/n_params_after"]
+            assert_allclose(logits, GOLDEN[f"{prefix}/logits_after"], rtol=1e-8, atol=1e-11)
+            assert num_params_left(it, keep) == GOLDEN[f"{prefix}/n_params_after"]

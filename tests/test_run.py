@@ -22,11 +22,10 @@ QUICK = (  # the quick start, made shorter; three seeds at once
     "--config.data.test_limit=60",
     "--config.model.widths=(16,)",
     "--config.fit_sfw.epochs=3",
-    "--config.fit_sgd.epochs=3",
+    "--config.fit_sgd.epochs=1",
     "--config.fit_sfw.evaluate_every=1",
     "--config.curve.ratios=(0.0,0.5,0.9)",
     "--config.steps_per_call=1",
-    "--config.checkpoint_seconds=0.0",
     "--config.deterministic=True",  # which a CPU is anyway, and a GPU only then
 )
 
@@ -131,7 +130,8 @@ def test_the_quick_start_ends_with_a_report(whole):
 def test_a_killed_run_continues_to_the_same_rows(whole, with_lanczos, tmp_path):
     """Asked to end while it trains, and killed in the middle of Lanczos."""
     expected = metrics(whole[0])
-    begin = lambda: start(tmp_path, *QUICK, config=with_lanczos)
+    often = "--config.checkpoint_seconds=0.0"
+    begin = lambda: start(tmp_path, *QUICK, often, config=with_lanczos)
     asked = begin()
     wait_for_rows(asked, tmp_path / "metrics.jsonl", 3)
     asked.send_signal(signal.SIGTERM)

@@ -16,10 +16,13 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from numpy.random import default_rng
+from numpy.testing import assert_allclose, assert_array_equal
 
-from sparsity_jax import losses, models, saliency, scores, tables, trees
+from sparsity_jax import losses, models, saliency, scores, trees
 
 FILE = "06_filter_importance.npz"
+GOLDEN = golden_data.load(FILE)
 NETS = golden_data.parts(FILE, r"(\w+)/param_names")
 HYPER = golden_data.hyper(FILE)
 
@@ -93,20 +96,19 @@ class Original(NamedTuple):
 
 
 def original(net):
-    golden = golden_data.load(FILE)
-    names = [str(name) for name in golden[f"{net}/param_names"]]
-    shapes = [golden[f"{net}/params/{name}"].shape for name in names]
+    names = [str(name) for name in GOLDEN[f"{net}/param_names"]]
+    shapes = [GOLDEN[f"{net}/params/{name}"].shape for name in names]
     paths = golden_data.paths(names, shapes)
     norms = golden_data.batch_norms(names, shapes)
     modules = golden_data.module_paths(names, shapes)
     stats = {}
     for module, path in modules.items():
         if path in norms:
-            stats[f"{path}/mean"] = golden[f"{net}/buffers/{module}.running_mean"]
-            stats[f"{path}/var"] = golden[f"{net}/buffers/{module}.running_var"]
+            stats[f"{path}/mean"] = GOLDEN[f"{net}/buffers/{module}.running_mean"]
+            stats[f"{path}/var"] = GOLDEN[f"{net}/buffers/{module}.running_var"]
 
     def stored(topic):
-        found = {name: golden.get(f"{net}/{topic}/{name}") for name in names}
+        found = {name: GOLDEN.get(f"{net}/{topic}/{name}") for name in names}
         arrays = {
             paths[name]: golden_data.from_torch(x) for name, x in found.items() if x is not None
         }
@@ -114,22 +116,21 @@ def original(net):
 
     groups = []
     for kernel, scale, bias in zip(names[:-2:3], names[1:-2:3], names[2:-2:3]):
-        size = len(golden[f"{net}/params/{scale}"])
+        size = len(GOLDEN[f"{net}/params/{scale}"])
         norm = [member(f"params/{paths[name]}", 0, size, "other") for name in (scale, bias)]
         groups.append(Group((member(f"params/{paths[kernel]}", 3, size, "producer"), *norm)))
     batches = range(len(SIZES))
-    x = np.concatenate([golden[f"{net}/x"][i][: SIZES[i]] for i in batches]).transpose(0, 2, 3, 1)
-    y = np.concatenate([golden[f"{net}/y"][i][: SIZES[i]] for i in batches])
+    x = np.concatenate([GOLDEN[f"{net}/x"][i][: SIZES[i]] for i in batches]).transpose(0, 2, 3, 1)
+    y = np.concatenate([GOLDEN[f"{net}/y"][i][: SIZES[i]] for i in batches])
     return Original(
-        stored("params"), golden_data.nest(stats), (x, y), groups, paths, stored, golden
+        stored("params"), golden_data.nest(stats), (x, y), groups, paths, stored, GOLDEN
     )
 
 
 def model(net):
-    golden = golden_data.load(FILE)
-    names = [str(name) for name in golden[f"{net}/param_names"]]
+    names = [str(name) for name in GOLDEN[f"{net}/param_names"]]
     options = golden_data.architecture(
-        names, [golden[f"{net}/params/{name}"].shape for name in names]
+        names, [GOLDEN[f"{net}/params/{name}"].shape for name in names]
     )
     return models.build(
         num_classes=num_classes(net), dtype="float64", param_dtype="float64", **options
@@ -137,7 +138,7 @@ def model(net):
 
 
 def num_classes(net):
-    return golden_data.load(FILE)[f"{net}/logits_eval"].shape[-1]
+    return GOLDEN[f"{net}/logits_eval"].shape[-1]
 
 
 def inference_loss(net, batch_stats):
@@ -211,9 +212,7 @@ def check_all(it, net, statistics, *cases):
     )
     for (topic, _, _), found in zip(cases, score(statistics)):
         for i, mine in enumerate(found):
-            np.testing.assert_allclose(
-                mine, filters(it, f"{net}/{topic}", i), **TIGHT, err_msg=f"{topic} {i}"
-            )
+            assert_allclose(mine, filters(it, f"{net}/{topic}", i), **TIGHT, err_msg=f"{topic} {i}")
 
 
 @nets
@@ -224,11 +223,11 @@ def test_networks_and_gathered_statistics_are_the_originals(net):
         logits = jax.jit(model(net).apply)(
             {**it.params, "batch_stats": it.batch_stats}, it.data[0][: SIZES[0]]
         )
-        np.testing.assert_allclose(logits, it.golden[f"{net}/logits_eval"], **TIGHT)
+        assert_allclose(logits, it.golden[f"{net}/logits_eval"], **TIGHT)
         for field, topic in (("g", "grad"), ("hg_preserve", HESSIAN)):
             found, expected = getattr(statistics, field), it.stored(topic)
             assert jax.tree.structure(found) == jax.tree.structure(expected)
-            jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **TIGHT), found, expected)
+            jax.tree.map(lambda x, y: assert_allclose(x, y, **TIGHT), found, expected)
 
 
 @nets
@@ -284,7 +283,7 @@ def test_stored_gradients_give_the_originals_scores(net):
             ("nograd_biased_loss_init", "biased_loss", {"use_init": True}),
         )
         squared = of_one_batch(*one)
-        jax.tree.map(np.testing.assert_array_equal, squared.g2, jax.tree.map(np.square, one[1]))
+        jax.tree.map(assert_array_equal, squared.g2, jax.tree.map(np.square, one[1]))
         full = of_one_batch(params, grads)
         for topic, statistics in (
             ("biased_loss_tracked", full),
@@ -294,15 +293,11 @@ def test_stored_gradients_give_the_originals_scores(net):
             for i, group in enumerate(it.groups):
                 found = golden_data.to_torch(leaves[group.members[0].path])
                 expected = filters(it, f"{net}/{topic}", i)
-                np.testing.assert_allclose(found.reshape(expected.shape), expected, **TIGHT)
+                assert_allclose(found.reshape(expected.shape), expected, **TIGHT)
 
 
 def test_depthwise_filters_share_the_score_of_the_pointwise_ones_before():
-    net = next(
-        net
-        for net in NETS
-        if golden_data.is_mobilenet(golden_data.load(FILE)[f"{net}/param_names"])
-    )
+    net = next(net for net in NETS if golden_data.is_mobilenet(GOLDEN[f"{net}/param_names"]))
     with jax.enable_x64(True):
         it = original(net)
         pointwise, depthwise = it.groups[2], it.groups[3]  # five filters each
@@ -316,7 +311,7 @@ def test_depthwise_filters_share_the_score_of_the_pointwise_ones_before():
         statistics = scores.Statistics(w=it.params)
         for name, options in (("l1", {}), ("bn", {"skip": r".*/block\d+/bn1/.*"})):
             found = scores.score(name, statistics, coupled, **options)
-            np.testing.assert_allclose(found, filters(it, f"{net}/{name}", 2), **TIGHT)
+            assert_allclose(found, filters(it, f"{net}/{name}", 2), **TIGHT)
 
 
 def params_of(params, grads):
@@ -367,7 +362,7 @@ def test_tracked_scores_are_the_originals(net):
                 scores.score(name, of_one_batch(w, g), x) for x in it.groups
             ]
             for i, found in enumerate(run(own).saliency):
-                np.testing.assert_allclose(found, filters(it, f"{net}/tracked_{name}", i), **TIGHT)
+                assert_allclose(found, filters(it, f"{net}/tracked_{name}", i), **TIGHT)
 
 
 def test_an_epoch_of_training_tracks_what_the_original_tracks():
@@ -410,7 +405,7 @@ def test_an_epoch_of_training_tracks_what_the_original_tracks():
 
 def toy(dtype=jnp.float32, examples=23):
     """(loss, params, data) of a dense network of widths 3, 4, 3 classes; labels 0, 1, 2, 0, ..."""
-    rng = np.random.default_rng(0)
+    rng = default_rng(0)
     draw = lambda *shape: rng.normal(size=shape).astype(dtype)
     params = {"dense1": {"kernel": draw(3, 4), "bias": draw(4)}, "fc": {"kernel": draw(4, 3)}}
     data = {"x": draw(examples, 3), "y": np.arange(examples) % 3}
@@ -434,14 +429,12 @@ def test_the_tracker_averages_the_last_steps_of_every_epoch():
         if step % 5 >= 2:
             new = np.abs(params["fc"]["kernel"] * grads["fc"]["kernel"])
             expected = 0.7 * new + 0.3 * (0.0 if step % 5 == 2 else expected)
-        np.testing.assert_allclose(
-            state.saliency["fc"]["kernel"], expected * np.ones((4, 3)), rtol=1e-6
-        )
+        assert_allclose(state.saliency["fc"]["kernel"], expected * np.ones((4, 3)), rtol=1e-6)
     init, update = tracker(steps_per_epoch=2, track_batches=20)  # epochs shorter than the window
     state = init(params)
     for _ in range(3):
         state = update(state, params, params)
-    np.testing.assert_allclose(
+    assert_allclose(
         state.saliency["fc"]["kernel"], 0.8 * jnp.square(params["fc"]["kernel"]), rtol=1e-6
     )
 
@@ -456,7 +449,7 @@ def test_tracking_inside_shard_map():
         return jax.lax.scan(step, init(params), length=3)[0].saliency
 
     found = jax.jit(jax.shard_map(track, mesh=mesh, in_specs=spec, out_specs=spec))(jnp.arange(4.0))
-    np.testing.assert_allclose(found, 0.75 * 2 * np.arange(4.0) ** 2)
+    assert_allclose(found, 0.75 * 2 * np.arange(4.0) ** 2)
 
 
 def test_tracking_leaves_the_optimizer_as_it_is():
@@ -468,12 +461,12 @@ def test_tracking_leaves_the_optimizer_as_it_is():
     for _ in range(2):
         updates, state = step(grads, state, params)
         same, both = same_step(grads, both, params, value=0.0)
-        jax.tree.map(np.testing.assert_array_equal, updates, same)
-        jax.tree.map(np.testing.assert_array_equal, state, both.inner)
+        jax.tree.map(assert_array_equal, updates, same)
+        jax.tree.map(assert_array_equal, state, both.inner)
     with pytest.raises(ValueError, match="reads the weights"):
         tracked.update(grads, both)
     for options in ({"alpha": 1.5}, {"track_batches": 0}, {"steps_per_epoch": 0}):
-        with pytest.raises(tables.ConfigError, match=next(iter(options))):
+        with tiny.complains(next(iter(options))):
             saliency.track(plain, **options)
 
 
@@ -495,7 +488,7 @@ def test_statistics_are_the_means_their_names_say(on_host):
         batches = [jax.tree.map(lambda x, a=a: x[a : a + 10], data) for a in (0, 10, 20)]
         grads = [grad(params, batch, 3.0) for batch in batches]
         mean = lambda *xs: sum(len(batch["y"]) * x for batch, x in zip(batches, xs)) / 23
-        near = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-13)
+        near = lambda x, y: assert_allclose(x, y, rtol=1e-9, atol=1e-13)
         jax.tree.map(near, found.g, jax.tree.map(mean, *grads))
         jax.tree.map(near, found.g, grad(params, data, 3.0))
         jax.tree.map(near, found.g2, jax.tree.map(lambda *xs: mean(*map(np.square, xs)), *grads))
@@ -534,16 +527,14 @@ def test_gathering_again_compiles_nothing_and_skips_what_nobody_needs():
             assert found.w0 is params
         calls.clear()
     inside = jax.jit(lambda params: scores.gather(loss, ("g",), 64)(params, data).g)(params)
-    near = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+    near = lambda x, y: assert_allclose(x, y, rtol=1e-5, atol=1e-6)
     jax.tree.map(near, inside, jax.grad(loss)(params, data, 1.0))
     assert scores.gather(loss, ("w",), 10)(params).w is params
 
 
 def test_misuse_of_gather_is_explained():
     loss, params, data = toy()
-    with pytest.raises(
-        tables.ConfigError, match=r"statistic is 'hg_graps'; allowed: .* Did you mean 'hg_grasp'"
-    ):
+    with tiny.complains(r"statistic is 'hg_graps'; allowed: .* Did you mean 'hg_grasp'"):
         scores.gather(loss, ("hg_graps",), 10)
     with tiny.refused("batch_size", 0):
         scores.gather(loss, ("g",), 0)
@@ -566,7 +557,7 @@ def test_misuse_of_gather_is_explained():
 
 @hypothesis.given(st.integers(0, 2**32 - 1), st.integers(1, 5), st.integers(1, 30))
 def test_class_balanced_examples_are_the_first_of_each_class(seed, num_classes, num_samples):
-    labels = np.random.default_rng(seed).integers(0, num_classes, 40)
+    labels = default_rng(seed).integers(0, num_classes, 40)
     each = num_samples // num_classes
     if each < 1 or min(list(labels).count(c) for c in range(num_classes)) < each:
         with pytest.raises(ValueError, match=f"are {each} of each class"):
@@ -575,9 +566,7 @@ def test_class_balanced_examples_are_the_first_of_each_class(seed, num_classes, 
         expected = [
             i for c in range(num_classes) for i in [j for j in range(40) if labels[j] == c][:each]
         ]
-        np.testing.assert_array_equal(
-            scores.class_balanced(labels, num_classes, num_samples), expected
-        )
+        assert_array_equal(scores.class_balanced(labels, num_classes, num_samples), expected)
 
 
 def test_a_weight_that_is_nan_makes_its_own_score_nan():
@@ -586,7 +575,7 @@ def test_a_weight_that_is_nan_makes_its_own_score_nan():
     bad["fc"]["kernel"][1, 2] = np.nan
     group = Group((member("fc/kernel", 0, 4, "producer"),))
     found = scores.score("l1", scores.Statistics(w=bad), group)
-    np.testing.assert_array_equal(np.isnan(found), [False, True, False, False])
+    assert_array_equal(np.isnan(found), [False, True, False, False])
 
 
 # Scores -------------------------------------------------------------------------------------------
@@ -598,7 +587,7 @@ def example(seed, dtype=np.float64):
     """(statistics, group): two producers, two norms (one without bias), a depthwise kernel, a
     flattened consumer.
     """
-    rng = np.random.default_rng(seed)
+    rng = default_rng(seed)
     shapes = {
         "conv1/kernel": (2, 2, 3, CHANNELS),
         "conv2/kernel": (1, 1, 4, CHANNELS + 2),  # two more filters, of another group
@@ -741,9 +730,7 @@ def test_scores_are_those_of_the_formulas_entry_by_entry(aggregate, seed):
             chosen = {"use_l2": False, "use_init": False, **options}
             expected = slow_score(name, statistics, group, aggregate, **chosen)
             assert found.shape == (group.size,)
-            np.testing.assert_allclose(
-                found, expected, rtol=1e-9, atol=1e-12, err_msg=f"{name} {options}"
-            )
+            assert_allclose(found, expected, rtol=1e-9, atol=1e-12, err_msg=f"{name} {options}")
 
 
 def test_reordered_channels_reorder_their_scores():
@@ -755,7 +742,7 @@ def test_reordered_channels_reorder_their_scores():
     for seed in range(5):
         plain, reordered = both(example(seed, np.float32)[0])
         for before, after in zip(plain, reordered):
-            np.testing.assert_allclose(after, before[order], rtol=1e-5, atol=1e-6)
+            assert_allclose(after, before[order], rtol=1e-5, atol=1e-6)
 
 
 def test_half_precision_is_widened_before_sums_and_squares():
@@ -763,16 +750,16 @@ def test_half_precision_is_widened_before_sums_and_squares():
     group = Group((member("w", 3, 2, "producer"),))
     found = scores.score("l1", scores.Statistics(w=w), group)
     assert found.dtype == jnp.float32
-    np.testing.assert_array_equal(found, 4096)
+    assert_array_equal(found, 4096)
     collect = scores.gather(
         lambda params, batch, _: 1e-4 * (params["w"].sum((0, 1, 2)) @ batch).mean(), ("g2",), 2
     )
     statistics = collect(w, jnp.ones((3, 2, 1), jnp.float16))
     small = jnp.square(jnp.float16(1e-4).astype(jnp.float32))  # 0 in half precision
-    np.testing.assert_allclose(statistics.g2["w"], jnp.full(w["w"].shape, small), rtol=1e-2)
+    assert_allclose(statistics.g2["w"], jnp.full(w["w"].shape, small), rtol=1e-2)
     half = jax.tree.map(lambda leaf: jnp.full_like(leaf, 1e-4), w)
     alone = of_one_batch(w, half)
-    np.testing.assert_allclose(alone.g2["w"], jnp.full(w["w"].shape, small), rtol=1e-2)
+    assert_allclose(alone.g2["w"], jnp.full(w["w"].shape, small), rtol=1e-2)
     assert statistics.g2["w"].dtype == saliency.of_weights(w, w)["w"].dtype == jnp.float32
 
 
@@ -793,19 +780,19 @@ def test_whole_kernel_rules_on_kernels_worked_by_hand():
         10 + to_last[1],
         to_last[0] + to_last[1],
     ]  # the zero filter does not count
-    np.testing.assert_allclose(score_of("fpgm", kernel), expected, rtol=1e-6)
+    assert_allclose(score_of("fpgm", kernel), expected, rtol=1e-6)
     found = score_of("lamp", kernel)  # three of squared norm 25
-    np.testing.assert_allclose(found, [1 / 3, 0, 1 / 3, 1 / 3], rtol=1e-6)
+    assert_allclose(found, [1 / 3, 0, 1 / 3, 1 / 3], rtol=1e-6)
     kernel = np.array([[1.0, 2.0, 3.0]], np.float32)
-    np.testing.assert_allclose(score_of("lamp", kernel), [1 / 14, 4 / 13, 1], rtol=1e-6)
-    np.testing.assert_array_equal(score_of("lamp", 0 * kernel), 0)
+    assert_allclose(score_of("lamp", kernel), [1 / 14, 4 / 13, 1], rtol=1e-6)
+    assert_array_equal(score_of("lamp", 0 * kernel), 0)
 
 
 def test_random_scores_follow_their_key():
     group = Group((member("w", 0, 1000, "producer"),))
     draw = jax.jit(lambda key: scores.score("random", scores.Statistics(), group, key=key))
     found = draw(jax.random.key(0))
-    np.testing.assert_array_equal(
+    assert_array_equal(
         found, scores.score("random", scores.Statistics(), group, key=jax.random.key(0))
     )
     assert (found != draw(jax.random.key(1))).any()
@@ -819,14 +806,12 @@ def test_members_can_be_skipped():
     statistics, group = example(2, np.float32)
     both = scores.score("bn", statistics, group)
     first = scores.score("bn", statistics, group, skip="norm2/.*")
-    np.testing.assert_array_equal(first, jnp.abs(statistics.w["bn1"]["scale"]))
+    assert_array_equal(first, jnp.abs(statistics.w["bn1"]["scale"]))
     assert (both != first).all()
     kernels = scores.score(
         "l1", statistics, group, aggregate="sum", skip="(conv2|fc|depthwise)/kernel"
     )
-    np.testing.assert_allclose(
-        kernels, jnp.abs(statistics.w["conv1"]["kernel"]).sum((0, 1, 2)), rtol=1e-6
-    )
+    assert_allclose(kernels, jnp.abs(statistics.w["conv1"]["kernel"]).sum((0, 1, 2)), rtol=1e-6)
 
 
 def test_norms_are_found_under_other_frameworks_names():
@@ -837,8 +822,8 @@ def test_norms_are_found_under_other_frameworks_names():
     paths = ("bn/scale/value", "bn/bias/value", "norm/weight", "dw/weight")
     group = Group(tuple(member(path, 0, 2, "other") for path in paths))
     statistics = scores.Statistics(w=w, g2=jax.tree.map(jnp.ones_like, w))
-    np.testing.assert_array_equal(scores.score("bn", statistics, group, aggregate="sum"), [6, 8])
-    np.testing.assert_array_equal(
+    assert_array_equal(scores.score("bn", statistics, group, aggregate="sum"), [6, 8])
+    assert_array_equal(
         scores.score("nvidia", statistics, group, aggregate="sum"), [1 + 9 + 25, 4 + 36]
     )
 

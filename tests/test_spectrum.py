@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from numpy.random import default_rng
+from numpy.testing import assert_allclose, assert_array_equal
 
 from sparsity_jax import linops, losses, spectrum
 
@@ -37,7 +39,7 @@ def loss(params, batch):
 
 def small(examples=37, dtype=jnp.float32):
     """(params, data) of the loss `smooth`."""
-    rng = np.random.default_rng(0)
+    rng = default_rng(0)
     draw = lambda *shape: rng.normal(size=shape).astype(dtype)
     params = {
         "dense1": {"kernel": draw(5, 4), "bias": draw(4)},
@@ -57,7 +59,7 @@ def smooth(params, batch):
 
 def draw_vector(params, seed=0):
     leaves, structure = jax.tree.flatten(params)
-    rng = np.random.default_rng(seed)
+    rng = default_rng(seed)
     return jax.tree.unflatten(structure, [rng.normal(size=x.shape).astype(x.dtype) for x in leaves])
 
 
@@ -78,14 +80,14 @@ def test_products_equal_the_explicit_hessian_of_the_original():
                 spectrum.hessian_product(loss), data, HYPER["batch_size"], on_host=on_host
             )
             found = flat(product(params, unflatten(jnp.asarray(golden["hvp/v"]))))
-            np.testing.assert_allclose(found, golden["hvp/Hv"], rtol=1e-9, atol=1e-11)
+            assert_allclose(found, golden["hvp/Hv"], rtol=1e-9, atol=1e-11)
         column = lambda v: jax.flatten_util.ravel_pytree(product(params, unflatten(v)))[0]
         columns = jax.jit(jax.vmap(column))(np.eye(vector.size))
         explicit = jax.jit(jax.hessian(lambda p: loss(unflatten(p), data)))(vector)
         largest = np.abs(explicit).max()
         assert np.abs(columns - explicit).max() <= 1e-10 * largest
         assert np.abs(columns - columns.T).max() <= 1e-14 * largest
-        np.testing.assert_allclose(
+        assert_allclose(
             np.linalg.eigvalsh(columns), np.sort(golden["hessian/eigenvalues"]), atol=1e-11
         )
 
@@ -115,13 +117,13 @@ def test_products_repeat_bit_by_bit_and_are_symmetric(on_host):
     product = spectrum.over_batches(spectrum.hessian_product(smooth), data, 16, on_host=on_host)
     first, second = draw_vector(params, 1), draw_vector(params, 2)
     one = product(params, first)
-    np.testing.assert_array_equal(flat(one), flat(product(params, first)))
+    assert_array_equal(flat(one), flat(product(params, first)))
     other = spectrum.over_batches(
         spectrum.hessian_product(smooth), data, 16, on_host=on_host
     )  # compiled anew
-    np.testing.assert_array_equal(flat(one), flat(other(params, first)))
+    assert_array_equal(flat(one), flat(other(params, first)))
     mirrored = flat(first) @ flat(product(params, second))
-    np.testing.assert_allclose(flat(second) @ flat(one), mirrored, rtol=1e-5)
+    assert_allclose(flat(second) @ flat(one), mirrored, rtol=1e-5)
 
 
 def test_the_batch_size_changes_rounding_only():
@@ -135,7 +137,7 @@ def test_the_batch_size_changes_rounding_only():
         found = spectrum.over_batches(
             spectrum.hessian_product(smooth), data, size, on_host=on_host
         )(params, vector)
-        np.testing.assert_allclose(flat(found), expected, rtol=1e-5, atol=2e-6)
+        assert_allclose(flat(found), expected, rtol=1e-5, atol=2e-6)
         assert jax.tree.structure(found) == jax.tree.structure(params)
 
 
@@ -153,7 +155,7 @@ def test_data_on_eight_devices_give_the_same_products():
         found = spectrum.over_batches(
             spectrum.hessian_product(smooth), sharded, 16, on_host=on_host
         )(*everywhere)
-        np.testing.assert_allclose(flat(found), flat(expected), rtol=1e-5, atol=1e-6)
+        assert_allclose(flat(found), flat(expected), rtol=1e-5, atol=1e-6)
         assert all(len(leaf.sharding.device_set) == 8 for leaf in jax.tree.leaves(found))
 
 
@@ -175,19 +177,15 @@ def test_products_linearized_once_are_the_same(kind):
     expected = spectrum.over_batches(products[kind], data, 16, on_host=True)
     for seed in (1, 2):
         vector = draw_vector(params, seed)
-        np.testing.assert_allclose(
-            flat(matvec(vector)), flat(expected(params, vector)), rtol=1e-5, atol=1e-6
-        )
-        np.testing.assert_array_equal(flat(matvec(vector)), flat(matvec(vector)))
+        assert_allclose(flat(matvec(vector)), flat(expected(params, vector)), rtol=1e-5, atol=1e-6)
+        assert_array_equal(flat(matvec(vector)), flat(matvec(vector)))
     assert len(calls) == 2
     half = jax.tree.map(
         lambda leaf: leaf.astype(jnp.bfloat16), params
     )  # with vectors of Lanczos' type
     found = spectrum.linearized(products[kind], half, data, 16)(draw_vector(params, 1))
     assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype("float32")}
-    np.testing.assert_allclose(
-        flat(found), flat(expected(half, draw_vector(params, 1))), rtol=0.1, atol=0.01
-    )
+    assert_allclose(flat(found), flat(expected(half, draw_vector(params, 1))), rtol=0.1, atol=0.01)
     with pytest.raises(ValueError, match="the vector of a product has the structure"):
         matvec({"other": jnp.zeros(3)})
     with pytest.raises(ValueError, match="batch_size is 0; allowed: 1 and above"):
@@ -211,7 +209,7 @@ def test_taylor_terms_are_those_of_gradient_and_hessian(on_host):
             return smooth(moved, data) - smooth(params, data), first, second / 2
 
         expected = three_terms(params, step)
-        np.testing.assert_allclose(found, expected, rtol=1e-10)
+        assert_allclose(found, expected, rtol=1e-10)
         assert all(term.dtype == np.float64 for term in found)
         square = lambda params, batch: sum(
             jnp.sum((leaf - 1) ** 2) for leaf in jax.tree.leaves(params)
@@ -227,7 +225,7 @@ def test_taylor_terms_of_other_types_and_mistakes():
     step = draw_vector(params)
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
     terms = spectrum.taylor(smooth, data, 16)
-    np.testing.assert_allclose(terms(half, step), terms(params, step), rtol=0.1, atol=0.02)
+    assert_allclose(terms(half, step), terms(params, step), rtol=0.1, atol=0.02)
     with pytest.raises(ValueError, match="the vector of a product has the structure"):
         terms(params, {"other": jnp.zeros(3)})
     each = lambda params, batch: losses.cross_entropy(outputs(params, batch), batch["y"])
@@ -245,7 +243,7 @@ def test_batch_losses_are_those_of_whole_batches():
         params, data
     )
     parts = [jax.tree.map(lambda x, i=i: x[i : i + 10], data) for i in (0, 10, 20)]
-    np.testing.assert_allclose(found, [smooth(params, part) for part in parts], rtol=1e-6)
+    assert_allclose(found, [smooth(params, part) for part in parts], rtol=1e-6)
     for size in (0, 38):
         with pytest.raises(
             ValueError, match=rf"batch_size is {size}; allowed: 1 to 37, the number of examples"
@@ -285,7 +283,7 @@ def test_selected_parameters_are_put_back():
     assert list(chosen.params) == ["dense1/kernel", "fc/kernel"]
     whole = chosen.rebuild({path: 2 * leaf for path, leaf in chosen.params.items()})
     assert jax.tree.structure(whole) == jax.tree.structure(params)
-    np.testing.assert_array_equal(whole["fc"]["kernel"], 2 * params["fc"]["kernel"])
+    assert_array_equal(whole["fc"]["kernel"], 2 * params["fc"]["kernel"])
     assert whole["fc"]["bias"] is params["fc"]["bias"]
     part = lambda part, batch: smooth(chosen.rebuild(part), batch)
     found = spectrum.over_batches(spectrum.hessian_product(part), data, 16)(
@@ -298,7 +296,7 @@ def test_selected_parameters_are_put_back():
     expected = spectrum.over_batches(spectrum.hessian_product(smooth), data, 16)(params, zeros)
     for path in chosen.params:
         layer, _ = path.split("/")
-        np.testing.assert_allclose(found[path], expected[layer]["kernel"], rtol=1e-5, atol=1e-6)
+        assert_allclose(found[path], expected[layer]["kernel"], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -362,7 +360,7 @@ def test_row_norms_are_those_of_the_explicit_hessian():
         position = int(np.argmax(flat(unit)))
         assert flat(unit).sum() == 1
         norm = spectrum.absolute_sum(matvec(unit))
-        np.testing.assert_allclose(norm, np.abs(explicit[position]).sum(), rtol=1e-5)
+        assert_allclose(norm, np.abs(explicit[position]).sum(), rtol=1e-5)
     for index in [(5, 0), (-1, 0), (1,)]:
         with pytest.raises(ValueError, match=r"is no entry of 'dense1/kernel', whose shape is"):
             spectrum.one_hot(chosen.params, "dense1/kernel", index)
@@ -371,7 +369,7 @@ def test_row_norms_are_those_of_the_explicit_hessian():
 
 
 def test_data_sets_on_meshes():
-    rng = np.random.default_rng(0)
+    rng = default_rng(0)
     inputs, weights = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 6, 4), (2, 4)))
     loss = lambda params, batch: jnp.mean(jnp.tanh(batch @ params["w"]))
 

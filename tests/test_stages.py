@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from numpy.testing import assert_allclose, assert_array_equal
 from tiny import settings
 
 from sparsity_jax import allocate, interface, masks, optim, stages, train, trees
@@ -69,8 +70,8 @@ def test_a_curve_equals_evaluating_every_pruned_network(problem, trained):
     ]
     for row in rows:
         loss, accuracy, kept = brute_force(problem, trained, row["ratio"], row["split"])
-        np.testing.assert_allclose(row["loss"], loss, rtol=1e-4)
-        np.testing.assert_allclose(row["accuracy"], accuracy, atol=1e-6)
+        assert_allclose(row["loss"], loss, rtol=1e-4)
+        assert_allclose(row["accuracy"], accuracy, atol=1e-6)
         assert (row["num_kept"], row["num_prunable"]) == (kept, 1184)
         zeros = sum(share * n for share, n in zip(row["layers"].values(), (1024, 160), strict=True))
         assert round(zeros) == 1184 - kept
@@ -153,10 +154,10 @@ def test_the_histogram_has_the_originals_bins():
     with jax.enable_x64(True):
         params = {"fc": {"kernel": jnp.asarray(golden["flat_params"])}}
         counts = jax.jit(lambda p: stages.magnitude_histogram(p, scope="all"))(params)
-    np.testing.assert_array_equal(stages.magnitude_thresholds(), golden["hist_thresholds"])
-    np.testing.assert_array_equal(counts["count_above"], golden["hist_count_above"])
+    assert_array_equal(stages.magnitude_thresholds(), golden["hist_thresholds"])
+    assert_array_equal(counts["count_above"], golden["hist_count_above"])
     above = np.asarray(counts["count_above"])
-    np.testing.assert_array_equal(
+    assert_array_equal(
         [above[1], *np.diff(above[1:]), above[0] - above[-1]], golden["hist_density"]
     )
 
@@ -175,7 +176,7 @@ def test_the_histogram_counts_every_weight_once(problem, trained):
     assert sum(row["counts"]) + row["num_zero"] == flat.size
     assert row["num_zero"] == (flat == 0).sum()
     expected = np.histogram(np.log10(np.maximum(flat[flat > 0], 1e-12)), row["edges"])[0]
-    np.testing.assert_array_equal(row["counts"], expected)
+    assert_array_equal(row["counts"], expected)
     assert row["count_above"] == [(flat > t).sum() for t in row["threshold"]]
 
 
@@ -196,7 +197,7 @@ def test_learned_scales_lower_the_loss_after_a_step(problem):
     scales, old = [], trees.named_leaves(big)
     for path, leaf in trees.named_leaves(after.params).items():
         scales.append(np.linalg.norm(leaf) / np.linalg.norm(old[path]))
-        np.testing.assert_allclose(leaf, scales[-1] * old[path], rtol=1e-4, atol=1e-6)
+        assert_allclose(leaf, scales[-1] * old[path], rtol=1e-4, atol=1e-6)
     assert max(np.abs(np.subtract(scales, 1))) > 0.1
     assert int(after.step) == 0
 
@@ -279,7 +280,7 @@ def test_structured_pruning_takes_whole_filters(problem, trained):
     kept = np.asarray(state.masks["dense1"]["kernel"])
     assert (kept == kept[:1]).all()
     norms = np.abs(np.asarray(trained.params["dense1"]["kernel"])).sum(0)
-    np.testing.assert_array_equal(np.flatnonzero(~kept[0]), np.sort(np.argsort(norms)[:4]))
+    assert_array_equal(np.flatnonzero(~kept[0]), np.sort(np.argsort(norms)[:4]))
     assert bool(state.masks["fc"]["kernel"].all())
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from numpy.testing import assert_allclose
 
 from sparsity_jax import interface, losses, masks, models, train, trees
 
@@ -43,7 +44,7 @@ def test_a_step_lowers_the_loss_of_its_batch(problem):
     batch = jnp.arange(fit.batch_size)
     after = step(state, numbers, *rest)
     assert batch_loss(problem, after, batch) < batch_loss(problem, state, batch)
-    np.testing.assert_allclose(after.metrics.loss, batch_loss(problem, state, batch), rtol=1e-5)
+    assert_allclose(after.metrics.loss, batch_loss(problem, state, batch), rtol=1e-5)
     assert (int(after.step), int(after.metrics.examples), int(after.metrics.bad_step)) == (
         1,
         fit.batch_size,
@@ -74,9 +75,7 @@ def test_a_step_is_that_of_plain_optax(problem):
             params, opt_state, images[batch], problem.dataset.train.labels[batch]
         )
         state = step(state, numbers, *rest)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), state.params, params
-    )
+    jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-4, atol=1e-6), state.params, params)
 
 
 @pytest.mark.parametrize(
@@ -108,12 +107,12 @@ def test_steps_one_by_one_equal_a_scan_of_an_epoch(problem):
     scanned, rows = tiny.trained(problem, fit)
     single, single_rows = tiny.trained(problem._replace(steps_per_call=1), fit)
     uneven, _ = tiny.trained(problem._replace(steps_per_call=3), fit)  # 3 + 1 steps an epoch
-    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    close = lambda a, b: assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     jax.tree.map(close, scanned, single)
     jax.tree.map(close, scanned, uneven)
     for a, b in zip(rows, single_rows, strict=True):
         assert (a["epoch"], a["step"]) == (b["epoch"], b["step"])
-        np.testing.assert_allclose(a["train_loss"], b["train_loss"], rtol=1e-4)
+        assert_allclose(a["train_loss"], b["train_loss"], rtol=1e-4)
 
 
 def test_every_epoch_sees_every_example_once_in_a_new_order(problem):
@@ -147,10 +146,10 @@ def test_members_side_by_side_equal_single_runs(problem):
     for seed in (0, 1):
         alone, alone_rows = tiny.trained(problem, fit, seed)
         member = jax.tree.map(lambda leaf, seed=seed: leaf[seed], state)
-        close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+        close = lambda a, b: assert_allclose(a, b, rtol=1e-4, atol=1e-5)
         jax.tree.map(close, member, alone)
         for a, b in zip(rows[seed], alone_rows, strict=True):
-            np.testing.assert_allclose(a["train_loss"], b["train_loss"], rtol=1e-4)
+            assert_allclose(a["train_loss"], b["train_loss"], rtol=1e-4)
             assert a["test_accuracy"] == pytest.approx(
                 b["test_accuracy"], abs=0.021
             )  # one example of 50
@@ -176,13 +175,13 @@ def test_eight_devices_share_the_batch_and_give_the_same_numbers(problem):
     sharded, rows = tiny.trained(wide, fit)
     alone, alone_rows = tiny.trained(problem, fit)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
+        lambda a, b: assert_allclose(a, b, rtol=1e-3, atol=1e-4),
         sharded.params,
         alone.params,
     )
     for a, b in zip(rows, alone_rows, strict=True):
-        np.testing.assert_allclose(a["train_loss"], b["train_loss"], rtol=1e-4)
-        np.testing.assert_allclose(a["test_loss"], b["test_loss"], rtol=1e-3)
+        assert_allclose(a["train_loss"], b["train_loss"], rtol=1e-4)
+        assert_allclose(a["test_loss"], b["test_loss"], rtol=1e-3)
 
 
 @pytest.mark.parametrize("optimizer", [dict(tiny.SGD, momentum=0.9), tiny.IN_BALL])
@@ -212,8 +211,8 @@ def test_evaluation_is_exact_for_any_batch_size(problem, batch):
         images, labels = train.arrays(own, split)
         logits = own.model.apply({"params": state.params, "batch_stats": {}}, own.images(images))
         loss, accuracy = train.evaluate(own, state.params, state.batch_stats, split)
-        np.testing.assert_allclose(loss, losses.cross_entropy(logits, labels).mean(), rtol=1e-5)
-        np.testing.assert_allclose(accuracy, losses.correct(logits, labels).mean(), rtol=1e-6)
+        assert_allclose(loss, losses.cross_entropy(logits, labels).mean(), rtol=1e-5)
+        assert_allclose(accuracy, losses.correct(logits, labels).mean(), rtol=1e-6)
 
 
 def test_a_loss_that_is_not_finite_names_the_step(problem):
@@ -258,7 +257,7 @@ def test_training_goes_on_with_calls_of_another_size(problem):
     *_, last = train.fit_epochs(problem, halfway.state, fit, numbers, 0, rows=before)
     whole, _ = tiny.trained(problem, fit)
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+        lambda a, b: assert_allclose(a, b, rtol=1e-5, atol=1e-6),
         last.state.params,
         whole.params,
     )

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from numpy.testing import assert_allclose
 
 from sparsity_jax import tables, trees
 
@@ -91,7 +92,7 @@ def test_folds_equal_plain_reductions(monkeypatch, one_cpu, shape):
     counted = trees.fold_sum(lambda x: (x > 0.5).astype(jnp.int32), x)
     assert counted.dtype == jnp.int32
     assert int(counted) == int((np.asarray(x) > 0.5).sum())
-    np.testing.assert_allclose(
+    assert_allclose(
         trees.fold_sum(lambda x, y: x * y, x, y), (wide * np.asarray(y)).sum(), rtol=1e-5
     )
     lowest = trees.fold(jnp.minimum, jnp.min, lambda x: x, x)
@@ -105,14 +106,14 @@ def test_compiled_folds_agree_on_both_paths(monkeypatch):
     monkeypatch.setattr(trees, "_one_cpu", lambda: True)
     sliced = jax.jit(lambda x: trees.fold_sum(jnp.square, x))(x)
     monkeypatch.setattr(trees, "_one_cpu", lambda: False)
-    np.testing.assert_allclose(sliced, jnp.sum(jnp.square(x)), rtol=1e-6)
+    assert_allclose(sliced, jnp.sum(jnp.square(x)), rtol=1e-6)
 
 
 def test_inner_product_and_norm():
     flat = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(TREE)])
     other = jax.tree.map(lambda leaf: leaf + 1, TREE)
-    np.testing.assert_allclose(trees.dot(TREE, other), flat @ (flat + 1), rtol=1e-6)
-    np.testing.assert_allclose(trees.norm(TREE), np.linalg.norm(flat), rtol=1e-6)
+    assert_allclose(trees.dot(TREE, other), flat @ (flat + 1), rtol=1e-6)
+    assert_allclose(trees.norm(TREE), np.linalg.norm(flat), rtol=1e-6)
     assert float(trees.dot({}, {})) == 0.0
 
 

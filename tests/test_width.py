@@ -11,6 +11,8 @@ import pytest
 import scipy.optimize
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.random import default_rng
+from numpy.testing import assert_allclose, assert_array_equal
 
 from sparsity_jax import linops, width
 
@@ -26,7 +28,7 @@ def quadratic(a, b, c):
 
 
 def random_spectrum(seed, size=40, zeros=0.5):
-    random = np.random.default_rng(seed)
+    random = default_rng(seed)
     return np.where(random.random(size) < zeros, 0.0, random.lognormal(0, 3, size)), random.random(
         size
     )
@@ -68,9 +70,7 @@ def stack(runs):
 def test_flat_spectrum():
     distance = np.array([[0.0, 1e-3, 0.5], [1.0, 7.0, 1e4]])
     expected = 0.02 / (0.02 + 3.0 * distance**2)
-    np.testing.assert_allclose(
-        width.ratio([3.0, -3.0, 3.0], [1, 5, 2], distance, 0.01), expected, rtol=1e-13
-    )
+    assert_allclose(width.ratio([3.0, -3.0, 3.0], [1, 5, 2], distance, 0.01), expected, rtol=1e-13)
     for curvature in (1e-6, 0.02, 1.0, 300.0, 1e9):
         scale = curvature * 0.09 * 50 / (2 * 0.01)  # p = 1 / (1 + scale p)
         expected = 2 / (1 + math.sqrt(1 + 4 * scale))
@@ -102,27 +102,25 @@ def test_power_law_spectrum(power, share):
     values = 5 * ((nodes + 1) / 2) ** power
     distance = np.array([0.01, 0.3, 1.0, 4.0])
     expected = [share(5 * r**2 / (2 * 0.1)) for r in distance]
-    np.testing.assert_allclose(width.ratio(values, weights, distance, 0.1), expected, rtol=1e-8)
+    assert_allclose(width.ratio(values, weights, distance, 0.1), expected, rtol=1e-8)
     p = width.predict(values, weights, UNIT, 0.1)  # R(p)^2 = p
     assert p == pytest.approx(share(5 * p / (2 * 0.1)), abs=1e-8)
 
 
 def test_distances_of_a_ramp():
     n = 1000
-    ramp = np.random.default_rng(0).permutation(np.arange(1.0, n + 1)) * np.where(
-        np.arange(n) % 3, 1, -1
-    )
+    ramp = default_rng(0).permutation(np.arange(1.0, n + 1)) * np.where(np.arange(n) % 3, 1, -1)
     distances = width.distances(
         {"a": {"kernel": ramp[:600].reshape(20, 30)}, "b": {"kernel": ramp[600:, None]}}
     )
     removed = np.array([0, 1, 2, 499, 999, 1000])
     squares = removed * (removed + 1) * (2 * removed + 1) / 6
     for count in ("nearest", "linear"):
-        np.testing.assert_allclose(distances.at(removed / n, count=count) ** 2, squares, rtol=1e-12)
-    np.testing.assert_allclose(distances.at(0.0015, count="linear") ** 2, 1 + 4 / 2, rtol=1e-12)
+        assert_allclose(distances.at(removed / n, count=count) ** 2, squares, rtol=1e-12)
+    assert_allclose(distances.at(0.0015, count="linear") ** 2, 1 + 4 / 2, rtol=1e-12)
     assert distances.at(0.0014) == distances.at(0.001) == 1.0
     # one weight more is gone at ratio 0, and does not count
-    np.testing.assert_allclose(
+    assert_allclose(
         distances.at(removed / n, count="original")[1:] ** 2, squares[1:] - 1, rtol=1e-12
     )
     assert distances.at(0.0, count="original") == 0
@@ -132,8 +130,8 @@ def test_distances_of_a_ramp():
 def test_ties_go_together_in_the_original_only():
     distances = width.distances([np.array([1.0, -2.0, 2.0, 2.0, 3.0])], scope="all")
     ratios = np.array([0.2, 0.4, 0.6, 0.8, 1.0])
-    np.testing.assert_allclose(distances.at(ratios) ** 2, [1, 5, 9, 13, 22])
-    np.testing.assert_allclose(distances.at(ratios, count="original") ** 2, [0, 12, 12, 12, 21])
+    assert_allclose(distances.at(ratios) ** 2, [1, 5, 9, 13, 22])
+    assert_allclose(distances.at(ratios, count="original") ** 2, [0, 12, 12, 12, 21])
 
 
 def test_only_kernels_are_pruned_but_all_arrays_have_norms():
@@ -145,9 +143,9 @@ def test_only_kernels_are_pruned_but_all_arrays_have_norms():
     assert (kernels.size, everything.size) == (2, 4)
     assert kernels.norm_sum == everything.norm_sum == 5 + 12 + 1
     assert kernels.magnitudes.dtype == np.float32
-    np.testing.assert_allclose(kernels.at([0.0, 0.5, 1.0]), [0, 3, 5])
+    assert_allclose(kernels.at([0.0, 0.5, 1.0]), [0, 3, 5])
     bfloat16 = width.distances({"kernel": jnp.array([[3.0, 4.0]], jnp.bfloat16)})
-    np.testing.assert_array_equal(bfloat16.squares, kernels.squares)
+    assert_array_equal(bfloat16.squares, kernels.squares)
 
 
 # Laws
@@ -156,7 +154,7 @@ def test_only_kernels_are_pruned_but_all_arrays_have_norms():
 @given(seed=st.integers(0, 10**6), epsilon=st.floats(1e-6, 1e3), size=st.integers(1, 30))
 def test_prediction_solves_its_equation(seed, epsilon, size):
     values, weights = random_spectrum(seed)
-    random = np.random.default_rng(seed)
+    random = default_rng(seed)
     distances = width.distances(
         [np.where(random.random(size) < 0.3, 0, random.normal(size=size))], scope="all"
     )
@@ -183,7 +181,7 @@ def test_ratio_falls_from_one_to_the_weight_at_zero(seed, zero_share, epsilon):
 @given(seed=st.integers(0, 10**6), factor=st.floats(1e-3, 1e3))
 def test_scales(seed, factor):
     values, weights = random_spectrum(seed)
-    kernel = np.random.default_rng(seed).normal(size=30)
+    kernel = default_rng(seed).normal(size=30)
     distances, scaled = (
         width.distances([w], scope="all") for w in (kernel, math.sqrt(factor) * kernel)
     )
@@ -206,9 +204,7 @@ def test_probes_are_averaged_as_spectra():
     weights[1] *= 5  # no probe counts more than another
     distance = np.array([0.0, 0.1, 1.0, 10.0])
     each = [width.ratio(v, w, distance, 0.1) for v, w in zip(values, weights)]
-    np.testing.assert_allclose(
-        width.ratio(values, weights, distance, 0.1), np.mean(each, axis=0), rtol=1e-12
-    )
+    assert_allclose(width.ratio(values, weights, distance, 0.1), np.mean(each, axis=0), rtol=1e-12)
     assert np.shape(width.ratio(values, weights, 1.0, 0.1)) == ()
 
 
@@ -227,7 +223,7 @@ def test_blocks_of_distances_give_the_same_as_one_by_one():
     values, weights = random_spectrum(0, size=100_000)
     distance = np.geomspace(1e-3, 1e3, 7)
     one_by_one = [width.ratio(values, weights, r, 0.1) for r in distance]
-    np.testing.assert_allclose(width.ratio(values, weights, distance, 0.1), one_by_one, rtol=1e-14)
+    assert_allclose(width.ratio(values, weights, distance, 0.1), one_by_one, rtol=1e-14)
 
 
 def test_all_weights_zero_predicts_one():
@@ -235,7 +231,7 @@ def test_all_weights_zero_predicts_one():
     for method in ("fixed_point", "grid"):
         predicted = width.predict([1.0, 2.0], [0.5, 0.5], distances, 0.1, method=method)
         assert predicted == {"fixed_point": 1.0, "grid": 0.999}[method]
-    np.testing.assert_array_equal(distances.at([0.0, 0.5, 1.0]), 0)
+    assert_array_equal(distances.at([0.0, 0.5, 1.0]), 0)
 
 
 def test_a_steep_width_is_solved_too():
@@ -270,7 +266,7 @@ class Watched(np.ndarray):
 
 def test_a_prediction_looks_up_a_few_dozen_distances():
     values, weights = random_spectrum(0, size=1000)
-    distances = width.distances([np.random.default_rng(0).laplace(size=1_000_000)], scope="all")
+    distances = width.distances([default_rng(0).laplace(size=1_000_000)], scope="all")
     watched = distances._replace(squares=distances.squares.view(Watched))
     width.predict(values, weights, watched, 0.1)
     # bisection over a million counts, then between two of them, each evaluation looks up to twice
@@ -307,19 +303,19 @@ def test_width_matches_the_original(golden, epsilon):
         np.linspace(*golden[f"{key}/grid_first_last"], int(bins)),
     )
     found = width.ratio(grid, density, golden["gw/R"], float(epsilon))
-    np.testing.assert_allclose(found, golden[f"gw/two_runs_bins={bins}/ep={epsilon}"], rtol=1e-9)
+    assert_allclose(found, golden[f"gw/two_runs_bins={bins}/ep={epsilon}"], rtol=1e-9)
     expected = golden[f"gw/with_zero_mass/ep={epsilon}"]
     # no file holds the share of the mass at 0: the largest distance gives it, for all others
     curve = golden[f"gw/two_runs_bins={bins}/ep={epsilon}"]
     share = (expected[-1] - curve[-1]) / (1 - curve[-1])
     found = width.ratio(grid, density, golden["gw/R"], float(epsilon), zero_share=share)
-    np.testing.assert_allclose(found, expected, rtol=1e-9)
+    assert_allclose(found, expected, rtol=1e-9)
 
 
 def test_distances_match_the_original(golden, golden_distances):
     number = HYPER["sparse_epoch"]
     found = golden_distances.at(np.arange(number) / number, count="original")
-    np.testing.assert_allclose(found, golden["pipeline/R"], rtol=1e-9, atol=1e-11)
+    assert_allclose(found, golden["pipeline/R"], rtol=1e-9, atol=1e-11)
     assert golden_distances.norm_sum == pytest.approx(float(golden["pipeline/norm2"]), rel=1e-9)
 
 
@@ -340,7 +336,7 @@ def golden_losses(golden, drop_smallest):
         x = np.maximum(x, 0) if i else x
         x = x @ params[f"trained/{layer}.weight"].T + params[f"trained/{layer}.bias"]
     if not drop_smallest:
-        np.testing.assert_allclose(x, golden["logits_train"], rtol=1e-8, atol=1e-11)
+        assert_allclose(x, golden["logits_train"], rtol=1e-8, atol=1e-11)
         assert golden_penalty(params) == pytest.approx(float(golden["l1_penalty"]), rel=1e-12)
     return np.log(np.exp(x).sum(1)) - x[np.arange(len(y)), y] + golden_penalty(params)
 
@@ -370,7 +366,7 @@ def test_grid_prediction_matches_the_original(golden, golden_distances, num):
     found = width.ratio(
         grid, density, np.arange(int(golden["pipeline/norm2"]) + 1), epsilon, zero_share=share
     )
-    np.testing.assert_allclose(found, golden[f"pipeline/num={num}/gw"], rtol=1e-9)
+    assert_allclose(found, golden[f"pipeline/num={num}/gw"], rtol=1e-9)
     index = HYPER["sparse_epoch"] * width.predict_on_grid(
         grid, density, golden_distances, epsilon, zero_share=share
     )
@@ -398,12 +394,12 @@ def test_original_counts_match_the_thresholds():
     removed = ~golden["keep_mask"]
     expected = (flat**2 * removed).sum(1) - np.abs(flat).min() ** 2
     found = distances.at(golden["sparsities"], count="original") ** 2
-    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-15)
+    assert_allclose(found, expected, rtol=1e-12, atol=1e-15)
     (number,) = golden_data.parts("05b_global_threshold.npz", r"threshold_(\d+)")
     thresholds = golden[f"threshold_{number}"]
     expected = (flat**2 * (np.abs(flat) <= thresholds[:, None])).sum(1) - np.abs(flat).min() ** 2
     found = distances.at(np.arange(int(number)) / int(number), count="original") ** 2
-    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-15)
+    assert_allclose(found, expected, rtol=1e-12, atol=1e-15)
 
 
 # Epsilon
@@ -415,13 +411,13 @@ def test_epsilon_is_the_population_deviation():
 
 
 def test_epsilon_draws_repeat_and_centre():
-    losses = np.random.default_rng(0).normal(2.0, 0.3, 400)
+    losses = default_rng(0).normal(2.0, 0.3, 400)
     draws = width.epsilon_draws(losses, 300, 7)
-    np.testing.assert_array_equal(draws, width.epsilon_draws(losses, 300, np.random.default_rng(7)))
+    assert_array_equal(draws, width.epsilon_draws(losses, 300, default_rng(7)))
     assert draws.shape == (300,)
     assert draws.mean() == pytest.approx(width.epsilon(losses), rel=0.01)
     assert draws.std() == pytest.approx(0.3 / math.sqrt(2 * 400), rel=0.2)
-    np.testing.assert_array_equal(width.epsilon_draws([0.0, 1.0], 50, 0), 0.5)  # never 0
+    assert_array_equal(width.epsilon_draws([0.0, 1.0], 50, 0), 0.5)  # never 0
 
 
 @pytest.mark.parametrize(
@@ -448,7 +444,7 @@ def semidefinite(seed, size=60):
     """(eigenvalues, start vector, magnitudes): most eigenvalues are 0, the others spread over four
     decades.
     """
-    random = np.random.default_rng(seed)
+    random = default_rng(seed)
     eigenvalues = np.where(random.random(size) < 0.7, 0.0, 10 ** random.uniform(-3, 1, size))
     return (
         eigenvalues,
@@ -471,7 +467,7 @@ def test_enclosure_contains_the_dense_answer_and_shrinks(seed, operator):
     gaps = found.upper - found.lower
     assert (np.diff(gaps) <= rounding).all()
     assert gaps[-1] < 0.7 * gaps[0]
-    np.testing.assert_allclose(found.ratio, found.lower, atol=rounding)
+    assert_allclose(found.ratio, found.lower, atol=rounding)
 
 
 def test_rounding_widens_the_enclosure():
@@ -484,7 +480,7 @@ def test_rounding_widens_the_enclosure():
     lower, upper = zip(*bounds)
     assert np.all(np.diff(lower) < 0)
     assert np.all(np.diff(upper) > 0)
-    noise = 1e-7 * eigenvalues.max() * np.random.default_rng(0).choice([-1.0, 1.0], values.size)
+    noise = 1e-7 * eigenvalues.max() * default_rng(0).choice([-1.0, 1.0], values.size)
     assert bounds[1][0] <= width.predict(values + noise, weights, distances, 0.05)
     assert width.predict_probes(tridiagonal, distances, 0.05, operator="semidefinite")[
         1:3
@@ -511,7 +507,7 @@ def test_full_depth_closes_the_enclosure():
 
 def test_enclosure_of_the_original_network(golden, golden_distances):
     eigenvalues, epsilon = np.abs(golden["hessian/eigenvalues"]), float(golden["pipeline/epsilon"])
-    start = np.random.default_rng(0).choice([-1.0, 1.0], eigenvalues.size)
+    start = default_rng(0).choice([-1.0, 1.0], eigenvalues.size)
     run = lanczos(eigenvalues, start, HYPER["lanczos_iter"])
     found = width.predict_probes(run, golden_distances, epsilon, operator="semidefinite")
     dense = width.predict(eigenvalues, np.ones(eigenvalues.size), golden_distances, epsilon)
@@ -522,7 +518,7 @@ def test_enclosure_of_the_original_network(golden, golden_distances):
 @pytest.mark.parametrize("operator", ["semidefinite", "squared", "symmetric"])
 def test_products_of_a_matrix(operator):
     """From a matrix to the prediction by `linops` alone, in single precision."""
-    random = np.random.default_rng(0)
+    random = default_rng(0)
     rotation = np.linalg.qr(random.normal(size=(40, 40)))[0]
     eigenvalues = np.where(np.arange(40) < 28, 0.0, random.uniform(0.1, 5, 40))
     signs = 1 if operator == "semidefinite" else random.choice([-1, 1], 40)
@@ -552,10 +548,10 @@ def test_history_is_what_shorter_runs_predict():
         )
     signed = width.history(tridiagonal, distances, 0.05)
     assert (signed.lower[[1, 4, 8]] <= found.lower + 1e-9).all()  # may put weight below 0
-    np.testing.assert_allclose(signed.upper[[1, 4, 8]], found.upper, atol=1e-9)
+    assert_allclose(signed.upper[[1, 4, 8]], found.upper, atol=1e-9)
     clipped = width.history(tridiagonal, distances, 0.05, negative="clip")
     assert np.isnan([clipped.lower, clipped.upper]).all()
-    np.testing.assert_allclose(signed.ratio[[1, 4, 8]], found.ratio, atol=1e-10)
+    assert_allclose(signed.ratio[[1, 4, 8]], found.ratio, atol=1e-10)
     assert width.history(tridiagonal, distances, 0.05, num_matvecs=[]).ratio.shape == (0,)
     for wrong in ([0, 3], [10]):
         with pytest.raises(ValueError, match="1 to 9"):
@@ -564,11 +560,11 @@ def test_history_is_what_shorter_runs_predict():
 
 def test_probes_give_a_mean_and_its_error():
     eigenvalues, _, distances = semidefinite(0, size=400)
-    random = np.random.default_rng(1)
+    random = default_rng(1)
     runs = [lanczos(eigenvalues, random.choice([-1.0, 1.0], 400), 12) for _ in range(6)]
     found = width.predict_probes(stack(runs), distances, 0.05, operator="semidefinite")
     each = [width.predict_probes(run, distances, 0.05) for run in runs]
-    np.testing.assert_allclose(found.per_probe, [one.ratio for one in each], rtol=1e-12)
+    assert_allclose(found.per_probe, [one.ratio for one in each], rtol=1e-12)
     assert found.standard_error == pytest.approx(np.std(found.per_probe, ddof=1) / math.sqrt(6))
     assert math.isnan(each[0].standard_error)
     dense = width.predict(eigenvalues, np.ones(400), distances, 0.05)
@@ -584,7 +580,7 @@ def test_probes_of_unequal_depth():
     runs = [lanczos(eigenvalues, start, m) for m in (3, 8)]
     found = width.predict_probes(stack(runs), distances, 0.05, operator="semidefinite")
     expected = [width.predict_probes(run, distances, 0.05).ratio for run in runs]
-    np.testing.assert_allclose(found.per_probe, expected, rtol=1e-12)
+    assert_allclose(found.per_probe, expected, rtol=1e-12)
     assert width.history(stack(runs), distances, 0.05).ratio.shape == (8,)
 
 
@@ -607,7 +603,7 @@ def test_band_adds_the_spreads():
 
 def indefinite(seed, size=60):
     eigenvalues, start, distances = semidefinite(seed, size)
-    return eigenvalues * np.random.default_rng(seed).choice([-1.0, 1.0], size), start, distances
+    return eigenvalues * default_rng(seed).choice([-1.0, 1.0], size), start, distances
 
 
 @settings(max_examples=10)
@@ -629,7 +625,7 @@ def test_a_ritz_value_at_the_peak_keeps_the_enclosure_open():
     """Of a symmetric spectrum every odd number of products has one; the border for it is beyond all
     numbers.
     """
-    half = np.random.default_rng(0).gamma(0.4, 1.0, 100)
+    half = default_rng(0).gamma(0.4, 1.0, 100)
     eigenvalues = np.concatenate([half, -half])
     found = width.history(lanczos(eigenvalues, np.ones(200), 9), UNIT, 0.1)
     dense = width.predict(eigenvalues, np.ones(200), UNIT, 0.1)
@@ -675,7 +671,7 @@ def test_absolute_enclosure_is_that_of_linear_programs(seed):
     """At the bounds' own distances no spectrum with the same moments has a lesser, or larger,
     width.
     """
-    random = np.random.default_rng(seed)
+    random = default_rng(seed)
     eigenvalues, weights = (
         random.choice([-1, 1], 80) * random.gamma(0.4, 1.0, 80),
         random.dirichlet(np.ones(80)),
@@ -700,7 +696,7 @@ def test_absolute_enclosure_is_that_of_linear_programs(seed):
 
 def test_absolute_enclosure_of_several_probes():
     eigenvalues, _, distances = indefinite(1, size=200)
-    random = np.random.default_rng(1)
+    random = default_rng(1)
     starts = [random.choice([-1.0, 1.0], 200) for _ in range(3)]
     runs = [lanczos(eigenvalues, start, m) for start, m in zip(starts, (5, 9, 7))]
     found = width.predict_probes(stack(runs), distances, 0.05)

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from numpy.random import default_rng
 
 import sparsity_jax
 from sparsity_jax import (
@@ -23,7 +24,6 @@ from sparsity_jax import (
     intact,
     pipeline,
     report,
-    tables,
     train,
     versions,
     workdirs,
@@ -100,7 +100,7 @@ def whole(tmp_path_factory):
     """(workdir, its state, its rows) of a finished run, with the checkpoint before the last."""
     workdir = tmp_path_factory.mktemp("whole")
     outcome = pipeline.run(CONFIG, workdir)
-    return workdir, outcome.state, tiny.timeless(json.loads(json.dumps(outcome.rows)))
+    return workdir, outcome.state, tiny.timeless(tiny.read_back(outcome.rows))
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def built_once(whole, monkeypatch):
 def test_a_damaged_file_of_a_workdir_never_gives_another_number(fault, whole, tmp_path, built_once):
     """What is read and evaluated; `experiments/robustness/faults.py` also runs each."""
     workdir, state, rows = whole
-    rng = np.random.default_rng(0)
+    rng = default_rng(0)
     names = files_that_are_read(workdir)
     assert len(names) > 12
     kept = {path.name: intact.read_sums(path) for path in (workdir / "checkpoints").iterdir()}
@@ -147,11 +147,11 @@ def test_a_run_goes_on_from_what_is_whole(name, whole, tmp_path, built_once):
     flip(
         next(p for p in (place / name, newest / name, newest / "state" / name) if p.exists()),
         None,
-        np.random.default_rng(1),
+        default_rng(1),
     )
     outcome = pipeline.run(CONFIG, place)
     tiny.same(outcome.state, state)
-    assert tiny.timeless(json.loads(json.dumps(outcome.rows))) == rows
+    assert tiny.timeless(tiny.read_back(outcome.rows)) == rows
     assert tiny.timeless(report.read_rows(place / "metrics.jsonl")) == rows
 
 
@@ -228,7 +228,7 @@ def exported(tmp_path_factory):
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_damaged_file_of_an_exported_folder_is_refused(fault, exported, tmp_path):
     variables, _ = evaluate.load(exported)
-    rng = np.random.default_rng(0)
+    rng = default_rng(0)
     refused = 0
     for name in files_of(exported) * 8:
         place = damaged(exported, tmp_path / "damaged", name, fault, rng)
@@ -390,7 +390,7 @@ def test_a_network_of_absurd_size_in_a_run_folder_is_refused(
         write_sealed(
             place, pathlib.Path("config.json"), json.dumps({**config, "model": model}).encode()
         )
-        with pytest.raises(tables.ConfigError, match=r"config\.model|of another network"):
+        with tiny.complains(r"config\.model|of another network"):
             evaluate.open_run(place)
 
 
@@ -411,9 +411,7 @@ def test_memory_that_is_full_names_the_stage_and_leaves_the_checkpoints(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "fit_epochs", fails)
-        with pytest.raises(
-            tables.ConfigError, match=r"config\.fit: the memory is full.* config\.fit\.batch_size"
-        ):
+        with tiny.complains(r"config\.fit: the memory is full.* config\.fit\.batch_size"):
             pipeline.run(CONFIG, tmp_path)
     assert workdirs.newest(tmp_path) is not None
     tiny.same(pipeline.run(CONFIG, tmp_path).state, whole[1])
@@ -458,7 +456,7 @@ def test_a_full_disk_stops_the_run_which_goes_on_when_there_is_room(small_disk, 
 
 @pytest.mark.parametrize("name", ["a[1]", "a]", "back\\slash", "gs:"])
 def test_paths_that_cannot_be_read_back_are_refused_before_anything_is_made(name, tmp_path):
-    with pytest.raises(tables.ConfigError, match=r"workdir.*allowed: paths without"):
+    with tiny.complains(r"workdir.*allowed: paths without"):
         pipeline.run(CONFIG, tmp_path / name)
     assert not list(tmp_path.iterdir())
 

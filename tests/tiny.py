@@ -2,8 +2,9 @@
 
 import contextlib
 import copy
-import functools
 import html
+import importlib.util
+import json
 import pathlib
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from numpy.random import default_rng
+from numpy.testing import assert_allclose, assert_array_equal
 
 from sparsity_jax import (
     data,
@@ -37,6 +40,14 @@ SGD = optim.settings("sgd", learning_rate=0.1)
 SFW = optim.settings("sfw", learning_rate=0.5, constraint=POLYTOPE)
 BALL = dict(name="l2", tau=15.0)  # quick to compile
 IN_BALL = dict(SFW, constraint=BALL)
+
+
+def module(path: str):
+    """The module of a file that no package holds, such as `configs/quickstart.py`."""
+    spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, ROOT / path)
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
 
 
 def digits(train_limit: int = 128, test_limit: int = 50) -> data.Dataset:
@@ -172,7 +183,7 @@ def random_set(
     shape: tuple[int, ...] = (32, 32, 3), num_classes: int = 10, examples: int = 16
 ) -> data.Dataset:
     """Random images; twice the batch for two steps."""
-    rng = np.random.default_rng(0)
+    rng = default_rng(0)
     split = lambda size: data.Split(
         rng.integers(0, 256, (size, *shape), np.uint8),
         rng.integers(0, num_classes, size).astype(np.int32),
@@ -189,7 +200,7 @@ def residual(*stage_sizes: int) -> tuple[train.Problem, train.State]:
     model = models.build(name="resnet", num_classes=4, **options)
     found = train.build_problem(random_set((8, 8, 3), 4, examples=40), model)
     state = train.initial_state(found, train.key_of(0))
-    rng = np.random.default_rng(0)
+    rng = default_rng(0)
     noisy = lambda leaf: jnp.asarray(np.asarray(leaf) + 0.2 * rng.random(leaf.shape, np.float32))
     shake = lambda tree: jax.tree.map(lambda leaf: noisy(leaf) if leaf.ndim == 1 else leaf, tree)
     return found, state._replace(params=shake(state.params), batch_stats=shake(state.batch_stats))
@@ -208,23 +219,25 @@ def refused(where: str, value: Any = ..., closest: str = "", *, allowed=""):
     assert not closest or error.closest == closest
 
 
+def complains(sentence: str):
+    """Asserts that the block finds a wrong setting and says so in a sentence that matches."""
+    return pytest.raises(tables.ConfigError, match=sentence)
+
+
 def same(first, second) -> None:
     """Asserts that two trees have the same structure and the same bits."""
     assert jax.tree.structure(first) == jax.tree.structure(second)
     for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
         a, b = np.asarray(a), np.asarray(b)
         assert a.dtype == b.dtype
-        np.testing.assert_array_equal(a, b)
+        assert_array_equal(a, b)
 
 
 def check_on_meshes(function, *arrays, rtol=1e-5) -> None:
     """Asserts that `function` of the rows of arrays [2, ...] gives the same in each of `shard_map`,
     one row per device, `vmap` of it, and on arrays that an explicit mesh divides."""
-    compiled = functools.partial(
-        jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-    )  # run once
-    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol)
-    alone = compiled(jax.vmap(function))(*arrays)
+    close = lambda a, b: assert_allclose(a, b, rtol=rtol, atol=rtol)
+    alone = jax.jit(jax.vmap(function))(*arrays)
     kinds, spec = jax.sharding.AxisType, jax.sharding.PartitionSpec("x")
     make = lambda kind: jax.make_mesh((2,), ("x",), (kind,), devices=jax.devices()[:2])
     mesh, explicit = make(kinds.Auto), make(kinds.Explicit)
@@ -233,13 +246,18 @@ def check_on_meshes(function, *arrays, rtol=1e-5) -> None:
         return jax.tree.map(lambda leaf: leaf[None], function(*(row[0] for row in rows)))
 
     mapped = jax.vmap(jax.shard_map(first, mesh=mesh, in_specs=spec, out_specs=spec))
-    both = compiled(mapped)(*(np.stack([array, array[::-1]]) for array in arrays))
+    both = jax.jit(mapped)(*(np.stack([array, array[::-1]]) for array in arrays))
     jax.tree.map(lambda a, b: close(a, np.stack([b, b[::-1]])), both, alone)
     with jax.set_mesh(explicit):
-        shared = compiled(function)(
+        shared = jax.jit(function)(
             *(jax.device_put(array[0], jax.NamedSharding(explicit, spec)) for array in arrays)
         )
     jax.tree.map(lambda a, b: close(a, b[0]), shared, alone)
+
+
+def read_back(rows: list[dict]) -> list[dict]:
+    """Rows as a file of them holds them."""
+    return json.loads(json.dumps(rows))
 
 
 def timeless(rows: list[dict]) -> list[dict]:
