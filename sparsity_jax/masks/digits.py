@@ -5,7 +5,6 @@ pass.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,15 +25,17 @@ def largest(holds: Callable[[Array], Array], start: Array, bits: int) -> Array:
     unsigned zeros [searches]. Each pass finds the next bits from the left.
     """
     digits = np.arange(1, 2**_BITS)[:, None].astype(start.dtype)
+    shifts = np.arange(0, bits, _BITS)[::-1]
+    lasts = np.minimum(2.0 ** (bits - shifts), 2**_BITS) - 1  # the first pass has fewer bits
 
-    def append(number: Array, shift: Any) -> tuple[Array, None]:
-        steps = digits << shift
-        fits = steps >> shift == digits  # the first pass has fewer bits
-        digit = jnp.sum(holds(number | steps) & fits, axis=0)
-        return number | digit.astype(number.dtype) << shift, None
+    def append(number: Array, row: tuple) -> tuple[Array, None]:
+        shift, last = row
+        reached = holds(number | digits << shift) & (digits <= last)
+        digit = jnp.sum(reached, axis=0).astype(number.dtype)
+        return number | digit << shift, None
 
-    shifts = np.arange(0, bits, _BITS)[::-1].astype(start.dtype)
-    return lax.scan(append, start, shifts)[0]
+    rows = shifts.astype(start.dtype), lasts.astype(start.dtype)
+    return lax.scan(append, start, rows)[0]
 
 
 class Selection:

@@ -22,7 +22,7 @@ __all__ = ["Count", "Cut", "Groups", "checked_count", "cuts", "kth_keys"]
 
 Count = int | Array
 Groups = Sequence[Sequence[Array]]
-Selection = probes.Selection | digits.Selection
+_Selection = probes.Selection | digits.Selection
 
 
 class Cut(NamedTuple):
@@ -88,7 +88,7 @@ def _ranking(groups: Groups, magnitude: bool) -> Ranking:
     return Ranking(common_type(jax.tree.leaves(groups)), magnitude)
 
 
-def _selection(groups: Groups, ks: Sequence[Array], magnitude: bool) -> Selection:
+def _selection(groups: Groups, ks: Sequence[Array], magnitude: bool) -> _Selection:
     """The searches, in the way of the platform."""
     search = probes.Selection if platforms.in_turn() else digits.Selection
     return search(_ranking(groups, magnitude), groups, ks)
