@@ -392,13 +392,7 @@ def norm(tree: PyTree) -> Array:
 
 def norms(arrays: Sequence[Array]) -> list[Array]:
     """`norm` of each of several arrays; on an accelerator in one pass over all."""
-    wide = [widen(array) for array in arrays]
-    small = [i for i, array in enumerate(wide) if array.size < 2**16 or not platforms.in_turn()]
-    lengths = dict(zip(small, _lengths([wide[i] for i in small]))) if small else {}
-    for i, array in enumerate(wide):
-        if i not in lengths:
-            (lengths[i],) = _lengths([array])
-    return [lengths[i] for i in range(len(wide))]
+    return _lengths([widen(array) for array in arrays]) if arrays else []
 
 
 def dots(first: Sequence[Array], second: Sequence[Array]) -> list[Array]:

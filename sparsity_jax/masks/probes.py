@@ -255,7 +255,7 @@ def _batches(groups: Sequence[Sequence[Array]]) -> list[list[int]]:
         kind: Any = ("alone", i)
         if platforms.one_cpu() and len(group) == 1 and group[0].size < _SMALL:
             size = max(group[0].size, _SMALL // 16)
-            kind = (size - 1).bit_length() // 2
+            kind = (size - 1).bit_length() // 3
         batches.setdefault(kind, []).append(i)
     return list(batches.values())
 

@@ -266,8 +266,9 @@ def _step_sizes(
         return [jnp.clip(learning_rate, 0, 1)] * len(gaps)
     if rescale == "diameter":
         return list(jnp.clip(learning_rate / jnp.stack(diameters), 0, 1))
-    lengths = jnp.stack(trees.norms(gaps))
-    factors = jnp.stack(trees.norms(directions)) / jnp.where(lengths > 0, lengths, 1)
+    norms = jnp.stack(trees.norms([*gaps, *directions]))
+    lengths, steepness = jnp.split(norms, 2)
+    factors = steepness / jnp.where(lengths > 0, lengths, 1)
     # infinity times a rate of 0 is no number
     factors = jnp.minimum(factors, float(jnp.finfo(factors.dtype).max))
     # at the vertex itself the factor is infinite, hence 1 after clipping
