@@ -236,11 +236,21 @@ def keep_masks(
     elif chosen.together:
         kept = _largest(scores, counts, alive, chosen.count)
     else:
-        kept = {}
-        for name in layers:
-            own = alive and alive[name]
-            kept[name] = _largest(scores[name], counts[name], own, chosen.count)
+        kept = _largest_per_layer(scores, counts, alive, chosen.count)
     return units.without(start, layers.values(), kept)
+
+
+def _largest_per_layer(
+    scores: dict[str, Array], counts: dict[str, Any], alive: dict[str, Array] | None, count: str
+) -> dict[str, Array]:
+    """`_largest` of every layer."""
+    if count in ("original", "ceil"):
+        own = lambda name: alive and alive[name]
+        return {name: _largest(scores[name], counts[name], own(name), count) for name in scores}
+    before = None if alive is None else [alive[name] for name in scores]
+    wanted = [counts[name] for name in scores]
+    kept = masks.k_largest_masks(list(scores.values()), wanted, magnitude=True, before=before)
+    return dict(zip(scores, kept))
 
 
 def _largest(scores: PyTree, counts: Any, alive: PyTree | None, count: str) -> PyTree:

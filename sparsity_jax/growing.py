@@ -216,10 +216,8 @@ def _checked_leaves(params: PyTree, layers: Layers) -> dict[str, Array]:
 
 
 def _select(leaves: Leaves, layers: Layers, how: Pick, key: Any) -> Keep:
-    """What stays of every layer. Layers of one shape share a compiled search: filters of ResNet-56
-    need three.
-    """
-    by_shape: dict[tuple, list] = {}
+    """What stays of every layer."""
+    scores, numbers = [], []
     for layer in layers:
         scored = {part.path: leaves[part.path] for part in layer.scored}
         trees.check_finite(scored, "params", infinite=True)
@@ -232,31 +230,15 @@ def _select(leaves: Leaves, layers: Layers, how: Pick, key: Any) -> Keep:
             values = jnp.where(jnp.isnan(values), jnp.nan, drawn)
         if how == "max":
             values = jnp.where(jnp.isnan(values), jnp.inf, values)
-        row = layer.name, values, jnp.asarray(number, jnp.int32)
-        kind = layer.shape, trees.division(values)
-        by_shape.setdefault(kind, []).append(row)
-    keep: Keep = {}
-    for rows in by_shape.values():
-        names, *columns = zip(*rows)
-        scores, numbers = map(jnp.stack, columns)
-        kept = _kept(scores, numbers, largest_go=how == "max")
-        keep |= zip(names, kept)
-    return keep
-
-
-@functools.partial(jax.jit, static_argnames="largest_go")
-def _kept(values: Array, numbers: Array, *, largest_go: bool) -> Array:
-    """What stays of every row of `values` [layers, ...] where `numbers` [layers] of its entries go:
-    bool.
-    """
-
-    def search(row: tuple) -> Array:
-        values, number = row
-        if largest_go:
-            return ~masks.k_largest_mask(values, number, magnitude=True)
-        return masks.k_largest_mask(values, values.size - number, magnitude=True)
-
-    return jax.lax.map(search, (values, numbers))
+        scores.append(values)
+        numbers.append(jnp.asarray(number, jnp.int32))
+    if how == "max":
+        largest = masks.k_largest_masks(scores, numbers, magnitude=True)
+        kept = [~mask for mask in largest]
+    else:
+        counts = [values.size - number for values, number in zip(scores, numbers)]
+        kept = masks.k_largest_masks(scores, counts, magnitude=True)
+    return dict(zip([layer.name for layer in layers], kept))
 
 
 # How the penalty grows ----------------------------------------------------------------------------

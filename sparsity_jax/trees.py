@@ -19,7 +19,7 @@ from jax.tree_util import (
     tree_unflatten,
 )
 
-from sparsity_jax import tables
+from sparsity_jax import blocks, platforms, tables
 from sparsity_jax.precision import FULL
 from sparsity_jax.tables import ConfigError
 from sparsity_jax.types import PyTree
@@ -32,7 +32,9 @@ __all__ = [
     "check_pattern",
     "division",
     "dot",
+    "dots",
     "fold",
+    "fold_rows",
     "fold_sum",
     "gathered",
     "is_kernel",
@@ -43,11 +45,13 @@ __all__ = [
     "named_leaves",
     "norm",
     "norm_along",
+    "norms",
     "path_name",
     "plain_leaves",
     "plain_path",
     "sample",
     "scale_of",
+    "scales",
     "size",
     "varying_like",
     "widen",
@@ -245,7 +249,14 @@ def last_name(path: str) -> str:
 
 def fold(combine: Callable, reduce: Callable, function: Callable, *arrays: Array) -> Array:
     """`reduce(function(*arrays))` for an elementwise `function` and its matching pair, e.g. jnp.add
-    and jnp.sum.
+    and jnp.sum; see `fold_rows`.
+    """
+    rows = [array[None] for array in arrays]
+    return fold_rows(combine, reduce, function, *rows)[0]
+
+
+def fold_rows(combine: Callable, reduce: Callable, function: Callable, *arrays: Array) -> Array:
+    """`fold` of every row: of all that has the same first index. [rows].
 
     XLA's CPU backend writes `function`'s result to memory before it reduces it, and reduces vectors
     slowly: counting the entries of the 62 arrays of a ResNet-18 above a bound took 39 ms, and 2 ms
@@ -253,38 +264,36 @@ def fold(combine: Callable, reduce: Callable, function: Callable, *arrays: Array
     arrays may be sharded, where flattening would gather them; accelerators fuse the reduction
     anyway.
     """
-    total = arrays[0].size
-    if total < 4096 or not _one_cpu():
-        return reduce(function(*arrays))
+    first = arrays[0]
+    total = first[0].size
+    if total < 4096 or not platforms.one_cpu():
+        inner = tuple(range(1, first.ndim))
+        return reduce(function(*arrays), axis=inner)
     width = total // 8
-    flat = [array.ravel() for array in arrays]
+    flat = [array.reshape(len(array), total) for array in arrays]
 
     def part(start: int, end: int) -> Array:
-        parts = [array[start:end] for array in flat]
+        parts = [array[:, start:end] for array in flat]
         return function(*parts)
 
     starts = range(0, 8 * width, width)
     slices = [part(start, start + width) for start in starts]
     result = functools.reduce(combine, slices)
     if jnp.issubdtype(result.dtype, jnp.floating):
-        result = fold(combine, reduce, lambda x: x, result)
+        result = fold_rows(combine, reduce, lambda x: x, result)
     else:  # sums of a vector of integers are fast
-        result = reduce(result)
+        result = reduce(result, axis=1)
     if total % 8:
         rest = part(8 * width, total)
-        result = combine(result, reduce(rest))
+        result = combine(result, reduce(rest, axis=1))
     return result
-
-
-def _one_cpu() -> bool:
-    return jax.default_backend() == "cpu" and jax.device_count() == 1
 
 
 def sample(array: Array) -> Array | None:
     """At least 8,192 entries at equal distances, where that pays: large arrays on one CPU;
     elsewhere None.
     """
-    if array.size < 2**16 or not _one_cpu():
+    if array.size < 2**16 or not platforms.one_cpu():
         return None
     return array.ravel()[:: array.size >> 13]
 
@@ -334,9 +343,25 @@ def _inner(first: Array, second: Array) -> Array:
     """Inner product. On one CPU XLA hands it to a library: for a sum of squares two times faster
     than `fold`, six than `jnp.sum`.
     """
-    if not _one_cpu():
+    if not platforms.one_cpu():
         return jnp.sum(first * second)
     return jnp.dot(first.ravel(), second.ravel(), precision=FULL)
+
+
+def _inners(first: Sequence[Array], second: Sequence[Array]) -> Array:
+    """Inner products of pairs of arrays: [pairs]."""
+    if platforms.in_turn():
+        return jnp.stack([_inner(x, y) for x, y in zip(first, second)])
+    layout, xs = _packed(first)
+    _, ys = _packed(second)
+    return layout.sums([[x * y for x, y in zip(xs, ys)]])[0]
+
+
+def _packed(arrays: Sequence[Array]) -> tuple[blocks.Layout, list[Array]]:
+    """A layout of arrays that are each a group of their own, and their pieces."""
+    groups = [[array] for array in arrays]
+    layout = blocks.Layout(groups)
+    return layout, layout.pack(groups)
 
 
 def size(tree: PyTree) -> int:
@@ -357,12 +382,38 @@ def norm(tree: PyTree) -> Array:
 
     Its derivative at zero is zero, a subgradient.
     """
-    lengths = [_length(widen(leaf)) for leaf in tree_leaves(tree)]
+    lengths = norms(tree_leaves(tree))
     if not lengths:
         return jnp.zeros(())
     if len(lengths) == 1:
         return lengths[0]
-    return _length(jnp.stack(lengths))
+    return norms([jnp.stack(lengths)])[0]
+
+
+def norms(arrays: Sequence[Array]) -> list[Array]:
+    """`norm` of each of several arrays; on an accelerator in one pass over all."""
+    return _lengths([widen(array) for array in arrays]) if arrays else []
+
+
+def dots(first: Sequence[Array], second: Sequence[Array]) -> list[Array]:
+    """Inner products of pairs of arrays, in at least float32; on an accelerator in one pass over
+    all.
+    """
+    if not first:
+        return []
+    wide = [widen(array) for array in first]
+    products = _inners(wide, [widen(array) for array in second])
+    return [product.astype(x.dtype) for product, x in zip(products, wide)]
+
+
+def scales(arrays: Sequence[Array]) -> list[Array]:
+    """`scale_of` each of several arrays; on an accelerator in one pass over all."""
+    if platforms.in_turn() or not arrays:
+        return [scale_of(array) for array in arrays]
+    constant = [lax.stop_gradient(array) for array in arrays]
+    layout, pieces = _packed(constant)
+    peaks = layout.largest([jnp.abs(piece) for piece in pieces])
+    return [_power_of_two(peak.astype(array.dtype)) for peak, array in zip(peaks, constant)]
 
 
 def scale_of(tree: PyTree) -> Array:
@@ -390,30 +441,37 @@ def _power_of_two(size: Array) -> Array:
 
 # compiled, for outside `jit` both branches would compile at every call
 @jax.custom_jvp
-@functools.partial(jax.jit, inline=True)
-def _length(array: Array) -> Array:
-    """Euclidean norm of one array of at least float32."""
-    squares = _inner(array, array)
-    info = jnp.finfo(array.dtype)
+@platforms.compiled
+def _lengths(arrays: Sequence[Array]) -> list[Array]:
+    """Euclidean norms of arrays of at least float32."""
+    squares = _inners(arrays, arrays)
+    infos = [jnp.finfo(array.dtype) for array in arrays]
     # squares that vanished, at most `tiny` each, are less than a rounding error of the sum; NaN
     # stays what it is
-    least = array.size * float(info.tiny) / float(info.eps)
-    precise = (squares >= least) & (squares <= float(info.max))
+    least = [array.size * float(info.tiny) / float(info.eps) for array, info in zip(arrays, infos)]
+    largest = [float(info.max) for info in infos]
+    limits = jnp.asarray([least, largest], squares.dtype)
+    precise = (squares >= limits[0]) & (squares <= limits[1])
 
     def scaled() -> Array:
-        scale = scale_of(array)
-        squares = jnp.square(array / scale)
-        return scale * jnp.sqrt(jnp.sum(squares))
+        layout, pieces = _packed(arrays)
+        scale = _power_of_two(layout.largest([jnp.abs(piece) for piece in pieces]))
+        parts = [piece / own for piece, own in zip(pieces, layout.spread(scale))]
+        return scale * jnp.sqrt(layout.sums([[jnp.square(part) for part in parts]])[0])
 
-    return lax.cond(precise, lambda: jnp.sqrt(squares), scaled)
+    lengths = lax.cond(jnp.all(precise), lambda: jnp.sqrt(squares), scaled)
+    return [length.astype(array.dtype) for length, array in zip(lengths, arrays)]
 
 
-@_length.defjvp
-def _length_derivative(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
-    (array,), (change,) = primals, tangents
-    length = _length(array)
-    direction = array / jnp.where(length > 0, length, 1)
-    return length, jnp.sum(direction * change)
+@_lengths.defjvp
+def _derivatives_of_lengths(primals: tuple, tangents: tuple) -> tuple[list[Array], list[Array]]:
+    (arrays,), (changes,) = primals, tangents
+    lengths = _lengths(arrays)
+    slopes = []
+    for array, change, length in zip(arrays, changes, lengths):
+        direction = array / jnp.where(length > 0, length, 1)
+        slopes.append(jnp.sum(direction * change))
+    return lengths, slopes
 
 
 def norm_along(array: Array, axis: int) -> Array:

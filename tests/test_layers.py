@@ -18,6 +18,8 @@ NUMERICS = (
         "precision",
         "stopping",
         "tables",
+        "platforms",
+        "blocks",
         "trees",
         "originals",
         "pixels",
@@ -107,7 +109,10 @@ FOLDERS = {
         *("sets", "augment", "inputs", "streams"),
         *("loading", "__init__"),
     ),
-    "masks": ("search", "counts", "select", "thresholds", "__init__"),
+    "masks": (
+        *("order", "probes", "digits", "search", "counts", "select", "thresholds"),
+        "__init__",
+    ),
     "polytopes": ("inside", "ksparse", "balls", "sets", "__init__"),
     "optim": ("rates", "schedules", "steps", "adagrad", "penalties", "recipe", "__init__"),
     "models": ("layers", "mlp", "convolutions", "cnn", "resnet", "vgg", "mobilenet", "__init__"),
@@ -158,7 +163,7 @@ MODULES = [path for path in FILES if module_of(path) not in EMPTY]
 
 
 def test_the_parser_sees_imports():
-    assert imports(ROOT / "trees.py") == {"precision", "tables", "types"}
+    assert imports(ROOT / "trees.py") == {"blocks", "platforms", "precision", "tables", "types"}
     assert {"checkpoint", "train", "stages"} <= imports(ROOT / "pipeline.py")
     assert "models.layers" in imports(ROOT / "models" / "mlp.py") | imports(
         ROOT / "models" / "__init__.py"

@@ -7,7 +7,7 @@ import pytest
 import tiny
 from numpy.testing import assert_allclose
 
-from sparsity_jax import tables, trees
+from sparsity_jax import platforms, tables, trees
 
 TREE = {
     "conv1": {"kernel": jnp.arange(6.0).reshape(2, 3), "bias": jnp.ones(3)},
@@ -85,7 +85,7 @@ def test_kernels_of_other_libraries_are_recognised():
 @pytest.mark.parametrize("one_cpu", [False, True])
 @pytest.mark.parametrize("shape", [(5,), (64, 64), (4099,), (3, 3, 37, 41)])
 def test_folds_equal_plain_reductions(monkeypatch, one_cpu, shape):
-    monkeypatch.setattr(trees, "_one_cpu", lambda: one_cpu)
+    monkeypatch.setattr(platforms, "one_device", lambda: one_cpu)
     x = jax.random.normal(jax.random.key(0), shape)
     y = jax.random.normal(jax.random.key(1), shape)
     wide = np.asarray(x, np.float64)
@@ -103,9 +103,9 @@ def test_folds_equal_plain_reductions(monkeypatch, one_cpu, shape):
 
 def test_compiled_folds_agree_on_both_paths(monkeypatch):
     x = jax.random.normal(jax.random.key(0), (8192,))
-    monkeypatch.setattr(trees, "_one_cpu", lambda: True)
+    monkeypatch.setattr(platforms, "one_device", lambda: True)
     sliced = jax.jit(lambda x: trees.fold_sum(jnp.square, x))(x)
-    monkeypatch.setattr(trees, "_one_cpu", lambda: False)
+    monkeypatch.setattr(platforms, "one_device", lambda: False)
     assert_allclose(sliced, jnp.sum(jnp.square(x)), rtol=1e-6)
 
 

@@ -10,7 +10,7 @@ A mask is a tree of bool arrays, True = keep, with the structure of the tree it 
 """
 
 from sparsity_jax.masks.counts import ROUNDINGS, Rounding, count_of, num_pruned
-from sparsity_jax.masks.select import apply, full, k_largest_mask, sparsity
+from sparsity_jax.masks.select import apply, full, k_largest_mask, k_largest_masks, sparsity
 from sparsity_jax.masks.thresholds import kth_largest, nonzero, random_mask
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "count_of",
     "full",
     "k_largest_mask",
+    "k_largest_masks",
     "kth_largest",
     "nonzero",
     "num_pruned",

@@ -1,20 +1,19 @@
 """Masks of the k largest entries, and what masks do to trees."""
 
-import math
-from collections.abc import Callable
-from typing import Any
+import functools
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.tree_util import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from sparsity_jax import trees
+from sparsity_jax import platforms, trees
 from sparsity_jax.masks import search
-from sparsity_jax.masks.search import Count, Ranking
-from sparsity_jax.trees import varying_like
+from sparsity_jax.masks.order import Ranking, common_type, positions
+from sparsity_jax.masks.search import Count
 from sparsity_jax.types import PyTree
 
-__all__ = ["apply", "full", "k_largest_mask", "sparsity"]
+__all__ = ["apply", "full", "k_largest_mask", "k_largest_masks", "sparsity"]
 
 
 def k_largest_mask(
@@ -31,104 +30,68 @@ def k_largest_mask(
     Returns bools in the shape of `scores`, a constant to derivatives. Raises ValueError for empty
     scores, a k outside 0..n and, outside `jit`, NaN; TypeError for scores that are no floats.
     """
-    return _mask(scores, search.checked_count(scores, k), before, magnitude=magnitude)
+    earlier = None if before is None else [before]
+    return k_largest_masks([scores], [k], magnitude=magnitude, before=earlier)[0]
 
 
-@search.compiled
-def _mask(scores: PyTree, k: Array, before: PyTree | None, magnitude: bool) -> PyTree:
+def k_largest_masks(
+    scores: Sequence[PyTree],
+    ks: Sequence[Count],
+    *,
+    magnitude: bool = False,
+    before: Sequence[PyTree] | None = None,
+) -> list[PyTree]:
+    """`k_largest_mask` of several arrays or trees at once, each with a k and ranked for itself.
+
+    On an accelerator all of them share a fixed number of passes.
+    """
+    counts = [search.checked_count(tree, k) for tree, k in zip(scores, ks, strict=True)]
+    return _masks(list(scores), counts, before, magnitude=magnitude)
+
+
+@functools.partial(platforms.compiled, static_argnames="magnitude")
+def _masks(
+    trees_of_scores: list, ks: list[Array], before: Sequence | None, magnitude: bool
+) -> list[PyTree]:
     constant = lambda leaf: lax.stop_gradient(jnp.asarray(leaf))
-    ranked = tree_map(constant, scores)
+    ranked = tree_map(constant, trees_of_scores)
     if before is not None:
         lowest = lambda leaf, kept: jnp.where(kept, leaf, jnp.nan)
-        ranked = tree_map(lowest, ranked, before)
-    leaves, structure = tree_flatten(ranked)
-    # made where they are used: kept for later, they would be written to memory
-    positions = lambda: _positions(leaves, tree_leaves(before))
-    ranking = Ranking(ranked, magnitude)
-    threshold, cut = _cut(ranking, positions, k)
-
-    def kept(leaf: Array, position: Array) -> Array:
-        above = ranking.at_least(leaf, threshold + 1)
-        reached = ranking.at_least(leaf, threshold)
-        return above | (reached & (position < cut))
-
-    return tree_unflatten(structure, map(kept, leaves, positions()))
+        ranked = tree_map(lowest, ranked, list(before))
+    kinds = [common_type(tree_leaves(tree)) for tree in ranked]
+    results: dict[int, PyTree] = {}
+    for kind in dict.fromkeys(kinds):
+        members = [i for i, own in enumerate(kinds) if own == kind]
+        earlier = [None if before is None else before[i] for i in members]
+        own = [ranked[i] for i in members]
+        results |= zip(members, _masks_of(own, [ks[i] for i in members], earlier, magnitude))
+    return [results[i] for i in range(len(ranked))]
 
 
-def _cut(ranking: Ranking, positions: Callable[[], list], k: Array) -> tuple[Array, Array]:
-    """(threshold, cut): the k largest have keys above the threshold, or that one and a position
-    below the cut.
-    """
-    wanted = jnp.clip(k, 1, ranking.total)
-    wanted = varying_like(wanted, ranking.leaves)
-    threshold, count = search.kth_key(ranking, wanted)
-    # above the position of every entry
-    integer = _position_type(ranking.total)
-    last = jnp.full_like(wanted, 2 * ranking.total, integer)
+def _masks_of(
+    several: Sequence[PyTree], ks: Sequence[Array], before: Sequence[PyTree], magnitude: bool
+) -> list[PyTree]:
+    """Masks of trees of one type of scores."""
+    groups = [[leaf for leaf in tree_leaves(tree) if leaf.size] for tree in several]
+    befores = [[leaf for leaf in tree_leaves(tree) if leaf.size] for tree in before]
+    totals = [trees.size(group) for group in groups]
+    span = max(totals)
+    wanted = [jnp.clip(k, 0, total) for k, total in zip(ks, totals)]
+    ranking = Ranking(common_type(groups[0]), magnitude)
+    found = search.cuts(groups, wanted, befores, span, magnitude)
 
-    def cut_ties() -> Array:
-        """The smallest cut with enough entries above the threshold, or tied before the cut."""
-        places = [position for position in positions() if position.size]
-        larger = ranking.count(threshold + 1)
-        missing = wanted - larger
+    def mask(tree: PyTree, earlier: PyTree, cut: search.Cut) -> PyTree:
+        leaves, structure = tree_flatten(tree)
 
-        def tied_before(cut: Array) -> Any:
-            def tied(leaf: Array, position: Array) -> Array:
-                reached = ranking.at_least(leaf, threshold)
-                above = ranking.at_least(leaf, threshold + 1)
-                counted = reached & ~above & (position < cut)
-                return counted.astype(jnp.int32)
+        def kept(leaf: Array, position: Array) -> Array:
+            above = ranking.at_least(leaf, cut.threshold + 1)
+            reached = ranking.at_least(leaf, cut.threshold)
+            return above | (reached & (position < cut.place))
 
-            number: Any = 0
-            for leaf, position in zip(ranking.leaves, places):
-                number += trees.fold_sum(tied, leaf, position)
-            return number
+        places = positions(leaves, tree_leaves(earlier), span)
+        return tree_unflatten(structure, map(kept, leaves, places))
 
-        def halve(bracket: tuple[Array, Array]) -> tuple[Array, Array]:
-            low, high = bracket
-            middle = low + (high - low) // 2
-            enough = tied_before(middle) >= missing
-            low = jnp.where(enough, low, middle + 1)
-            high = jnp.where(enough, middle, high)
-            return low, high
-
-        unfinished = lambda bracket: bracket[0] < bracket[1]
-        first = jnp.zeros_like(last)
-        _, cut = lax.while_loop(unfinished, halve, (first, last))
-        return cut
-
-    # `cond`, not a loop that ends at once: a loop copies the scores it closes over
-    cut = lax.cond(count != wanted, cut_ties, lambda: last)
-    threshold = jnp.where(k > 0, threshold, ranking.infinity)
-    return threshold, jnp.where(k > 0, cut, 0)
-
-
-def _position_type(total: int) -> Any:
-    """Of integers up to twice the number of entries; CPUs compare signed ones faster."""
-    return jnp.int32 if 2 * total < 2**31 else jnp.uint32
-
-
-def _positions(leaves: list[Array], before: list[Array]) -> list[Array]:
-    """Of equal scores those of lower position come first: the index in the concatenation of the
-    flattened leaves, behind all others where a mask of `before` is False.
-    """
-    total = trees.size(leaves)
-    integer = _position_type(total)
-    positions = []
-    offset = 0
-    for i, leaf in enumerate(leaves):
-        shape = leaf.shape
-        position = jnp.full(shape, offset, integer)
-        for axis in range(leaf.ndim):
-            inner = shape[axis + 1 :]
-            stride = jnp.asarray(math.prod(inner), integer)
-            index = lax.broadcasted_iota(integer, shape, axis)
-            position += stride * index
-        if before:
-            position += jnp.where(before[i], 0, jnp.asarray(total, integer))
-        positions.append(position)
-        offset += leaf.size
-    return positions
+    return list(map(mask, several, before, found))
 
 
 def full(tree: PyTree) -> PyTree:

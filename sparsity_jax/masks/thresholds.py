@@ -5,13 +5,13 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.tree_util import tree_flatten, tree_map, tree_unflatten
+from jax.tree_util import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from sparsity_jax import trees
+from sparsity_jax import platforms, trees
 from sparsity_jax.masks import search
-from sparsity_jax.masks.search import Count, Ranking
+from sparsity_jax.masks.order import Ranking, common_type
+from sparsity_jax.masks.search import Count
 from sparsity_jax.masks.select import k_largest_mask
-from sparsity_jax.trees import varying_like
 from sparsity_jax.types import PyTree
 
 __all__ = ["kth_largest", "nonzero", "random_mask"]
@@ -32,9 +32,10 @@ def kth_largest(scores: PyTree, k: Count, *, magnitude: bool = False) -> Array:
     return _kths(scores, search.checked_count(scores, k, lowest=1), magnitude=magnitude)
 
 
-@search.compiled
+@functools.partial(platforms.compiled, static_argnames="magnitude")
 def _kths(scores: PyTree, k: Array, magnitude: bool) -> Array:
-    leaves = Ranking(scores).leaves
+    leaves = [jnp.asarray(leaf) for leaf in tree_leaves(scores)]
+    leaves = [leaf for leaf in leaves if leaf.size]
     kth = lambda k: _kth(leaves, k, magnitude)
     if not k.ndim:
         return kth(k)
@@ -43,17 +44,18 @@ def _kths(scores: PyTree, k: Array, magnitude: bool) -> Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _kth(leaves: list[Array], k: Array, magnitude: bool) -> Array:
-    ranking = Ranking(leaves, magnitude)
-    wanted = jnp.clip(k, 1, ranking.total)
-    threshold, _ = search.kth_key(ranking, varying_like(wanted, leaves))
+    ranking = Ranking(common_type(leaves), magnitude)
+    wanted = jnp.clip(k, 1, trees.size(leaves))
+    (threshold,) = search.kth_keys([leaves], [wanted], magnitude)
 
     def size_if_kept(leaf: Array) -> Array:
         kept = ranking.at_least(leaf, threshold) & ~jnp.isnan(leaf)
         return jnp.where(kept, ranking.size(leaf), jnp.inf)
 
-    least = ranking.fold(jnp.minimum, jnp.min, size_if_kept)
-    least_number = jnp.asarray(ranking.nan + 1, threshold.dtype)
-    numbers = ranking.count(least_number)
+    lowest = [trees.fold(jnp.minimum, jnp.min, size_if_kept, leaf) for leaf in leaves]
+    least = jnp.min(jnp.stack(lowest))
+    is_number = lambda leaf: (~jnp.isnan(leaf)).astype(jnp.int32)
+    numbers = sum(trees.fold_sum(is_number, leaf) for leaf in leaves)
     key = ranking.key(least)
     value = jnp.where(key == 0, 0, ranking.bound(key))  # without subnormals
     value = jnp.where(numbers >= k, value, jnp.nan)

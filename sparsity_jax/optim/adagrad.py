@@ -1,6 +1,7 @@
 """Frank-Wolfe with AdaGrad's metric."""
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -42,6 +43,7 @@ def adagrad_sfw(
     `accumulators`.
     Source: Combettes, Spiegel, Pokutta 2020, arXiv:2009.14114.
     """
+    metrics = lambda roots: [widen(r) + delta for r in roots]
     add = lambda r, d: jnp.hypot(widen(r), widen(d)).astype(r.dtype)
 
     def init(params: PyTree) -> AdaGradState:
@@ -50,25 +52,52 @@ def adagrad_sfw(
     def update(averages: PyTree, state: AdaGradState, params: PyTree, lr: Array) -> Updated:
         root = tree_map(add, state.root, averages)
 
-        def step(s: Any, w: Array, d: Array, r: Array) -> Array:
-            d = widen(d)
-            metric = widen(r) + delta
-            if isinstance(s, polytopes.Unconstrained):
-                return (-lr * d / metric).astype(w.dtype)
-            unit = trees.scale_of(metric)
-            start = y = widen(w)
+        def step(
+            sets: Sequence, ws: Sequence[Array], ds: Sequence[Array], roots: Sequence[Array]
+        ) -> list[Array]:
+            problem = _Quadratic([widen(w) for w in ws], [widen(d) for d in ds], metrics(roots), lr)
+            ys = problem.starts
             for _ in range(inner_steps):
-                slope = d + metric * (y - start) / jnp.where(lr > 0, lr, 1)
-                gap = y - s.lmo(slope)
-                scale = trees.scale_of(gap)
-                scaled = gap / scale  # its squares stay in range
-                curvature = trees.dot(metric / unit * scaled, scaled)
-                descent = trees.dot(slope / unit, scaled)
-                best = lr * descent / jnp.where(curvature > 0, curvature, 1) / scale
-                y = y - jnp.clip(best, 0, 1) * gap
-            return polytopes.settled(s, w, y - start)
+                ys = problem.step(sets, ys)
+            moves = [y - start for y, start in zip(ys, problem.starts)]
+            return list(map(polytopes.settled, sets, ws, moves))
 
-        return polytopes.map_arrays(step, sets, params, averages, root), AdaGradState(root)
+        def free(w: Array, d: Array, r: Array) -> Array:
+            (metric,) = metrics([r])
+            return (-lr * widen(d) / metric).astype(w.dtype)
+
+        moved = polytopes.map_together(step, free, sets, params, averages, root)
+        return moved, AdaGradState(root)
 
     average = steps.heavy_ball(momentum, dampening=momentum, accumulator_dtype=accumulator_dtype)
     return steps.by_averages(init, update, average, learning_rate, weight_decay)
+
+
+class _Quadratic(NamedTuple):
+    """<d, y - w> + ||y - w||_H^2 / (2 learning_rate) of several arrays. starts: w; metrics: H."""
+
+    starts: list[Array]
+    directions: list[Array]
+    metrics: list[Array]
+    learning_rate: Array
+
+    def step(self, sets: Sequence, ys: list[Array]) -> list[Array]:
+        """After a Frank-Wolfe step with line search from each y."""
+        lr = self.learning_rate
+        divisor = jnp.where(lr > 0, lr, 1)
+        slopes = [
+            d + metric * (y - start) / divisor
+            for start, d, metric, y in zip(self.starts, self.directions, self.metrics, ys)
+        ]
+        gaps = [y - vertex for y, vertex in zip(ys, polytopes.vertices(sets, slopes))]
+        scales = trees.scales(gaps)
+        scaled = [gap / scale for gap, scale in zip(gaps, scales)]  # its squares stay in range
+        units = trees.scales(self.metrics)
+        weighted = [metric / unit * part for metric, unit, part in zip(self.metrics, units, scaled)]
+        curvatures = trees.dots(weighted, scaled)
+        descents = trees.dots([slope / unit for slope, unit in zip(slopes, units)], scaled)
+        moved = []
+        for y, gap, scale, curvature, descent in zip(ys, gaps, scales, curvatures, descents):
+            best = lr * descent / jnp.where(curvature > 0, curvature, 1) / scale
+            moved.append(y - jnp.clip(best, 0, 1) * gap)
+        return moved

@@ -27,9 +27,12 @@ from sparsity_jax.polytopes.sets import (
     check,
     is_set,
     map_arrays,
+    map_together,
     mean_norms,
+    project_all,
     settled,
     shift_inside,
+    vertices,
 )
 
 __all__ = [
@@ -48,7 +51,10 @@ __all__ = [
     "l2",
     "lp_ball",
     "map_arrays",
+    "map_together",
     "mean_norms",
+    "project_all",
     "settled",
     "shift_inside",
+    "vertices",
 ]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -12,7 +13,17 @@ from sparsity_jax import masks, tables, trees
 from sparsity_jax.polytopes import inside
 from sparsity_jax.trees import widen
 
-__all__ = ["KSparse", "Mode", "Number", "check_radius", "k_sparse", "narrow", "pulled", "radius_of"]
+__all__ = [
+    "KSparse",
+    "Mode",
+    "Number",
+    "check_radius",
+    "k_sparse",
+    "narrow",
+    "project_k_sparse",
+    "pulled",
+    "radius_of",
+]
 
 Mode = Literal["initialization", "diameter", "radius"]
 Number = float | Array
@@ -82,6 +93,10 @@ class KSparse:
         if not gradient.size:
             return gradient
         mask = masks.k_largest_mask(gradient, self.support(gradient.size), magnitude=True)
+        return self.vertex(gradient, mask)
+
+    def vertex(self, gradient: Array, mask: Array) -> Array:
+        """`lmo` where the mask of the entries of largest magnitude is known."""
         radius = narrow(self.radius, gradient.dtype)
         return jnp.where(mask, -radius * jnp.sign(gradient), 0)
 
@@ -92,10 +107,7 @@ class KSparse:
         That is the KKT point of the projection, exact but for rounding whatever the range of x. Its
         derivative is the exact one wherever there is one.
         """
-        wide = widen(x)
-        radius = jnp.asarray(self.radius, wide.dtype)
-        nearest = inside.nearest_k_sparse(wide, self.support(x.size) * radius, radius)
-        return narrow(nearest, x.dtype)
+        return project_k_sparse([self], [x])[0]
 
     def shift_inside(self, x: Array) -> Array:
         """x if feasible, else x scaled to L1 norm f * radius with f = min(floor(||x||_1 /
@@ -127,6 +139,15 @@ class KSparse:
         """2 radius sqrt(k)."""
         k = jnp.asarray(self.support(size), float)
         return 2 * self.radius * jnp.sqrt(k)
+
+
+def project_k_sparse(sets: Sequence[KSparse], points: Sequence[Array]) -> list[Array]:
+    """`project` of each point onto its set; on an accelerator they are searched together."""
+    wide = [widen(x) for x in points]
+    radii = [jnp.asarray(s.radius, x.dtype) for s, x in zip(sets, wide)]
+    budgets = [s.support(x.size) * radius for s, x, radius in zip(sets, wide, radii)]
+    nearest = inside.nearest_k_sparse(wide, budgets, radii)
+    return [narrow(inner, x.dtype) for inner, x in zip(nearest, points)]
 
 
 def k_sparse(

@@ -8,11 +8,11 @@ from typing import Annotated, Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.tree_util import tree_map
+from jax.tree_util import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from sparsity_jax import tables, trees
+from sparsity_jax import masks, platforms, tables, trees
 from sparsity_jax.polytopes import balls, inside
-from sparsity_jax.polytopes.ksparse import KSparse, k_sparse
+from sparsity_jax.polytopes.ksparse import KSparse, k_sparse, project_k_sparse
 from sparsity_jax.types import PyTree
 
 __all__ = [
@@ -26,10 +26,13 @@ __all__ = [
     "check",
     "is_set",
     "map_arrays",
+    "map_together",
     "mean_norms",
+    "project_all",
     "settled",
     "shift_inside",
     "unconstrained",
+    "vertices",
 ]
 
 
@@ -69,6 +72,61 @@ def map_arrays(function: Callable, sets: PyTree, params: PyTree, *rest: PyTree) 
     """`function(set, w, *rest)` of every parameter array `w`; empty arrays stay as they are."""
     of_array = lambda s, w, *others: function(s, w, *others) if w.size else w
     return tree_map(of_array, broadcast(sets, params), params, *rest, is_leaf=is_set)
+
+
+def map_together(
+    function: Callable, free: Callable, sets: PyTree, params: PyTree, *rest: PyTree
+) -> PyTree:
+    """`function(sets, ws, *rests)` of lists of all constrained arrays, laid out as the platform
+    likes, and `free(w, *rest)` of every other one; empty arrays stay as they are.
+    """
+    leaves, structure = tree_flatten(params)
+    set_of = tree_leaves(broadcast(sets, params), is_leaf=is_set)
+    columns = [leaves, *map(tree_leaves, rest)]
+    results = dict(enumerate(leaves))
+    bound = []
+    for i, w in enumerate(leaves):
+        if isinstance(set_of[i], Unconstrained) and w.size:
+            results[i] = free(*[column[i] for column in columns])
+        elif w.size:
+            bound.append(i)
+    own_sets = [set_of[i] for i in bound]
+    own = [[column[i] for i in bound] for column in columns]
+    if bound:
+        moved = platforms.per_platform(lambda *lists: function(own_sets, *lists), *own)
+        results |= zip(bound, moved)
+    return tree_unflatten(structure, list(results.values()))
+
+
+def vertices(sets: Sequence[Any], gradients: Sequence[Array]) -> list[Array]:
+    """`lmo` of each gradient; those of K-sparse polytopes are searched together."""
+    polytopes = {i: _as_k_sparse(s) for i, s in enumerate(sets)}
+    sparse = {i: s for i, s in polytopes.items() if s is not None and gradients[i].size}
+    found: dict[int, Array] = {}
+    if sparse:
+        ks = [s.support(gradients[i].size) for i, s in sparse.items()]
+        own = [gradients[i] for i in sparse]
+        found = dict(zip(sparse, masks.k_largest_masks(own, ks, magnitude=True)))
+    return [
+        sparse[i].vertex(gradient, found[i]) if i in sparse else sets[i].lmo(gradient)
+        for i, gradient in enumerate(gradients)
+    ]
+
+
+def project_all(sets: Sequence[Any], points: Sequence[Array]) -> list[Array]:
+    """`project` of each point; those onto K-sparse polytopes are searched together."""
+    polytopes = {i: _as_k_sparse(s) for i, s in enumerate(sets)}
+    sparse = {i: s for i, s in polytopes.items() if s is not None}
+    own = [points[i] for i in sparse]
+    found = dict(zip(sparse, project_k_sparse(list(sparse.values()), own))) if sparse else {}
+    return [found[i] if i in sparse else sets[i].project(x) for i, x in enumerate(points)]
+
+
+def _as_k_sparse(s: Any) -> KSparse | None:
+    """The set as a K-sparse polytope, which the L1 ball is too; None if it is none."""
+    if isinstance(s, balls.LpBall) and s.p == 1:
+        return KSparse(1, s.radius)
+    return s if isinstance(s, KSparse) else None
 
 
 def shift_inside(params: PyTree, sets: PyTree) -> PyTree:
