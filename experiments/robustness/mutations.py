@@ -2260,6 +2260,16 @@ MUTATIONS = (
         "test_platforms.py",
         "compiled_for_each_way",
     ),
+    Mutation(
+        418,
+        "off by one",
+        "what an earlier mask left out is never kept, though everything is asked for",
+        "masks/search.py",
+        "selection.cuts(places, 2 * span)",
+        "selection.cuts(places, span)",
+        "test_platforms.py",
+        "masks_of_several",
+    ),
 )
 
 
