@@ -6,6 +6,10 @@ NaN what an earlier mask (`before=`) left out. So NaN is the first to go and sta
 entries are asked for than there are numbers. Outside `jit` NaN is refused, with the path of its
 array.
 
+There are two ways to the k largest, and both give the same masks: `probes` on a CPU, `digits` on an
+accelerator, where a loop that ends when data says so waits for the host. The platform a program is
+compiled for decides, see `platforms`.
+
 A mask is a tree of bool arrays, True = keep, with the structure of the tree it applies to.
 """
 

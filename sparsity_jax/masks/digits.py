@@ -6,6 +6,7 @@ pass.
 
 from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -24,18 +25,24 @@ def largest(holds: Callable[[Array], Array], start: Array, bits: int) -> Array:
     holds: numbers [candidates, searches] -> bool; true up to some number, false above. start:
     unsigned zeros [searches]. Each pass finds the next bits from the left.
     """
-    digits = np.arange(1, 2**_BITS)[:, None].astype(start.dtype)
+    kind = start.dtype
+    base = 2**_BITS
+    digits = np.arange(1, base, dtype=kind)
+    digits = digits[:, None]
     shifts = np.arange(0, bits, _BITS)[::-1]
-    lasts = np.minimum(2.0 ** (bits - shifts), 2**_BITS) - 1  # the first pass has fewer bits
+    left = bits - shifts  # fewer than a digit's in the first pass
+    lasts = np.minimum(2.0**left, base) - 1
 
     def append(number: Array, row: tuple) -> tuple[Array, None]:
         shift, last = row
-        reached = holds(number | digits << shift) & (digits <= last)
-        digit = jnp.sum(reached, axis=0).astype(number.dtype)
+        candidates = number | digits << shift
+        reached = holds(candidates) & (digits <= last)
+        digit = jnp.sum(reached, axis=0, dtype=kind)
         return number | digit << shift, None
 
-    rows = shifts.astype(start.dtype), lasts.astype(start.dtype)
-    return lax.scan(append, start, rows)[0]
+    rows = shifts.astype(kind), lasts.astype(kind)
+    number, _ = lax.scan(append, start, rows)
+    return number
 
 
 class Selection:
@@ -46,8 +53,9 @@ class Selection:
 
     def __init__(self, ranking: Ranking, groups: blocks.Groups, ks: Sequence[Array]) -> None:
         self._ranking = ranking
-        leaves = [leaf for group in groups for leaf in group]
-        self._ks = trees.varying_like(jnp.stack(ks), leaves)
+        leaves = jax.tree.leaves(groups)
+        stacked = jnp.stack(ks)
+        self._ks = trees.varying_like(stacked, leaves)
         self._layout = blocks.Layout(groups)
         pieces = self._layout.pack(groups, jnp.nan)
         self._numbers = [ranking.number(piece) for piece in pieces]
@@ -58,33 +66,45 @@ class Selection:
         several = []
         for bound in bounds:
             spread = self._layout.spread(bound)
-            reached = [piece >= own for piece, own in zip(numbers, spread)]
-            several.append([piece.astype(jnp.int32) for piece in reached])
+            reached = []
+            for piece, own in zip(numbers, spread):
+                enough = piece >= own
+                reached.append(enough.astype(jnp.int32))
+            several.append(reached)
         return self._layout.sums(several)
 
     def _kth_largest(self, numbers: Sequence[Array], ks: Array, bits: int) -> Array:
-        start = jnp.zeros_like(ks, numbers[0].dtype)
-        return largest(lambda bounds: self._counts(numbers, bounds) >= ks, start, bits)
+        kind = numbers[0].dtype
+        start = jnp.zeros_like(ks, kind)
+        enough = lambda bounds: self._counts(numbers, bounds) >= ks
+        return largest(enough, start, bits)
 
     def thresholds(self) -> list[Array]:
         """The keys of the k-th largest scores."""
-        return list(self._ranking.key_of(self._kth))
+        keys = self._ranking.key_of(self._kth)
+        return list(keys)
 
     def cuts(self, positions: Callable[[], blocks.Groups], last: int) -> list[Array]:
         """As those of `probes`."""
-        counts = self._counts(self._numbers, self._kth[None])[0]
+        (reached,) = self._counts(self._numbers, self._kth[None])
         uncut = jnp.full_like(self._ks, last, jnp.uint32)
 
         def cut_ties() -> Array:
-            above = self._counts(self._numbers, self._kth[None] + 1)[0]
+            next_number = self._kth[None] + 1
+            (above,) = self._counts(self._numbers, next_number)
+            missing = self._ks - above
+            spread = self._layout.spread(self._kth)
             places = self._layout.pack(positions(), last)
-            backwards = [  # the first position is the largest number
-                jnp.where(number == own, last - place.astype(jnp.uint32), 0)
-                for number, own, place in zip(self._numbers, self._layout.spread(self._kth), places)
-            ]
-            final = self._kth_largest(backwards, self._ks - above, last.bit_length())
+            backwards = []  # the first position is the largest number
+            for number, own, place in zip(self._numbers, spread, places):
+                from_end = last - place.astype(jnp.uint32)
+                tied = number == own
+                backwards.append(jnp.where(tied, from_end, 0))
+            bits = last.bit_length()
+            final = self._kth_largest(backwards, missing, bits)
             return last + 1 - final
 
-        some_tied = jnp.any(counts != self._ks)
+        some_tied = jnp.any(reached != self._ks)
         ends = lax.cond(some_tied, cut_ties, lambda: uncut)
-        return list(ends.astype(position_type(last // 2)))
+        kind = position_type(last // 2)
+        return list(ends.astype(kind))

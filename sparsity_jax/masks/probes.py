@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.tree_util import tree_map
 
@@ -43,17 +44,24 @@ class Rows(NamedTuple):
 
     def at_least(self, scores: Array, key: Array) -> Array:
         """Whether the scores of each search [searches, ...] have at least its key."""
-        return self.ranking.at_least(scores, _along(key, scores))
+        key = _along(key, scores)
+        return self.ranking.at_least(scores, key)
 
     def count_from(self, key: Array) -> Array:
         """How many scores of each search have at least its key; int32."""
-        reached = lambda scores: self.at_least(scores, key).astype(jnp.int32)
-        return self.fold(jnp.add, jnp.sum, reached).astype(jnp.int32)
+
+        def reached(scores: Array) -> Array:
+            enough = self.at_least(scores, key)
+            return enough.astype(jnp.int32)
+
+        number = self.fold(jnp.add, jnp.sum, reached)
+        return number.astype(jnp.int32)
 
 
 def _along(values: Array, rows: Array) -> Array:
     """One value per search, in a shape that broadcasts with `rows`."""
-    return values.reshape(len(values), *[1] * (rows.ndim - 1))
+    inner = [1] * (rows.ndim - 1)
+    return values.reshape(-1, *inner)
 
 
 class _Found(NamedTuple):
@@ -85,7 +93,8 @@ class _Bracket(NamedTuple):
 
     def between(self, real: Any) -> Array:
         """The number of scores that may still be the k-th largest."""
-        return (self.count_low - self.count_high).astype(real)
+        number = self.count_low - self.count_high
+        return number.astype(real)
 
 
 def _extremes(rows: Rows) -> tuple[Array, Array]:
@@ -102,14 +111,16 @@ def _extremes(rows: Rows) -> tuple[Array, Array]:
     greatest = rows.fold(jnp.maximum, jnp.max, number_or(-jnp.inf))
     least = rows.fold(jnp.minimum, jnp.min, number_or(jnp.inf))
     high = ranking.key(greatest)
-    return high, jnp.minimum(ranking.key(least), high)
+    low = ranking.key(least)
+    return high, jnp.minimum(low, high)
 
 
 def _start(rows: Rows, high: Array) -> _Bracket:
     """Where a search starts: below the greatest key, or any that no score is above."""
     low = jnp.full_like(high, rows.ranking.nan)
     none = jnp.zeros_like(high, jnp.int32)
-    return _Bracket(low, high, none + rows.total, none, none, none, none)
+    count = none + rows.total
+    return _Bracket(low, high, count, none, none, none, none)
 
 
 def _next_key(ranking: Ranking, bracket: _Bracket, k: Array) -> Array:
@@ -125,12 +136,14 @@ def _next_key(ranking: Ranking, bracket: _Bracket, k: Array) -> Array:
     down = -jnp.sqrt(over)
     beyond = jnp.where(under < near, up, 0)
     beyond = jnp.where(over < near, down, beyond)
-    aim = k.astype(real) + beyond / 2
+    wanted = k.astype(real)
+    aim = wanted + beyond / 2
     aim = jnp.maximum(aim, 0.5)
 
     def excess(count: Array, damped: Any) -> Array:
         number = count.astype(real)
-        ratio = jnp.maximum(number, 0.5) / aim
+        number = jnp.maximum(number, 0.5)
+        ratio = number / aim
         weight = jnp.where(damped, 0.5, 1)
         return jnp.log(ratio) * weight
 
@@ -138,7 +151,8 @@ def _next_key(ranking: Ranking, bracket: _Bracket, k: Array) -> Array:
     below = excess(count_high, side > 1)
     distance = above - below
     distance = jnp.where(distance > 0, distance, 1)
-    share = jnp.clip(above / distance, 0, 1)
+    share = above / distance
+    share = jnp.clip(share, 0, 1)
     # the width of a bracket may need one bit more than a signed integer has, and more bits than a
     # float
     width = high - low
@@ -147,7 +161,9 @@ def _next_key(ranking: Ranking, bracket: _Bracket, k: Array) -> Array:
     step = step.astype(width.dtype)
     step = jnp.minimum(step, width)
     followed = low + step.astype(low.dtype)
-    halfway = (low & high) + ((low ^ high) >> 1)  # no overflow
+    shared = low & high
+    differing = low ^ high
+    halfway = shared + (differing >> 1)  # no overflow
     return jnp.where(slow == 3, halfway + 1, followed)
 
 
@@ -157,7 +173,8 @@ def _narrowed(rows: Rows, k: Array, start: _Bracket, hints: Sequence[Array]) -> 
 
     def unfinished(bracket: _Bracket) -> Array:
         wide = bracket.low < bracket.high
-        return (bracket.count_low != k) & wide
+        unequal = bracket.count_low != k
+        return unequal & wide
 
     def probe(bracket: _Bracket) -> _Bracket:
         key = _next_key(ranking, bracket, k)
@@ -166,29 +183,31 @@ def _narrowed(rows: Rows, k: Array, start: _Bracket, hints: Sequence[Array]) -> 
         key = jnp.clip(key, bracket.low + 1, bracket.high)
         count = rows.count_from(key)
         enough = count >= k
-        rises = jnp.maximum(bracket.side, 0) + 1
-        falls = jnp.minimum(bracket.side, 0) - 1
+        side = bracket.side
+        rises = jnp.maximum(side, 0) + 1
+        falls = jnp.minimum(side, 0) - 1
         up = bracket._replace(low=key, count_low=count, side=rises)
         down = bracket._replace(high=key - 1, count_high=count, side=falls)
         closer = _where(enough, up, down)
         before = bracket.between(ranking.real)
         after = closer.between(ranking.real)
         hinted = bracket.probes < len(hints)
-        restart = (2 * after <= before) | (bracket.slow == 3) | hinted
-        closer = closer._replace(
-            side=jnp.where(hinted, 0, closer.side),
-            slow=jnp.where(restart, 0, bracket.slow + 1),
-            probes=bracket.probes + 1,
-        )
+        halved = 2 * after <= before
+        restart = halved | (bracket.slow == 3) | hinted
+        side = jnp.where(hinted, 0, closer.side)
+        slow = jnp.where(restart, 0, bracket.slow + 1)
+        probes = bracket.probes + 1
+        closer = closer._replace(side=side, slow=slow, probes=probes)
         return _where(unfinished(bracket), closer, bracket)
 
     searching = lambda bracket: jnp.any(unfinished(bracket))
-    bracket = lax.while_loop(searching, probe, start)
-    return _Found(bracket.low, bracket.count_low)
+    end = lax.while_loop(searching, probe, start)
+    return _Found(end.low, end.count_low)
 
 
 def _where(condition: Array, chosen: _Bracket, other: _Bracket) -> _Bracket:
-    return tree_map(lambda x, y: jnp.where(condition, x, y), chosen, other)
+    either = lambda x, y: jnp.where(condition, x, y)
+    return tree_map(either, chosen, other)
 
 
 # Searches -----------------------------------------------------------------------------------------
@@ -204,24 +223,29 @@ class Selection:
         self, ranking: Ranking, groups: Sequence[Sequence[Array]], ks: Sequence[Array]
     ) -> None:
         self._batches = _batches(groups)
-        self._rows = [
-            Rows(ranking, arrays) for arrays in self._stacked(groups, jnp.nan, ranking.real)
-        ]
-        self._ks = [
-            trees.varying_like(jnp.stack([ks[i] for i in batch]), rows.arrays)
-            for batch, rows in zip(self._batches, self._rows)
-        ]
+        self._rows: list[Rows] = []
+        self._ks: list[Array] = []
+        stacked = self._stacked(groups, jnp.nan, ranking.real)
+        for batch, arrays in zip(self._batches, stacked):
+            own = jnp.stack([ks[i] for i in batch])
+            self._ks.append(trees.varying_like(own, arrays))
+            self._rows.append(Rows(ranking, arrays))
         self._found = _search(self._rows, self._ks)
 
     def _stacked(self, groups: Sequence, fill: Any, dtype: Any) -> list[list[Array]]:
         """The arrays of all batches. fill: behind shorter ones."""
         stacked = []
         for batch in self._batches:
-            arrays = [array[None] for array in groups[batch[0]]]
-            if len(batch) > 1:
-                flat = [groups[i][0].astype(dtype).ravel() for i in batch]
-                arrays = [_stack_padded(flat, fill)]
-            stacked.append(arrays)
+            own = [groups[i] for i in batch]
+            if len(own) == 1:
+                (arrays,) = own
+                stacked.append([array[None] for array in arrays])
+                continue
+            flat = []
+            for (array,) in own:
+                array = array.astype(dtype)
+                flat.append(array.ravel())
+            stacked.append([_stack_padded(flat, fill)])
         return stacked
 
     def _per_group(self, values: Sequence[Array]) -> list[Array]:
@@ -235,7 +259,8 @@ class Selection:
         """Keys, each the largest that at least k scores of its group have, or any that exactly k
         have.
         """
-        return self._per_group([found.threshold for found in self._found])
+        found = [found.threshold for found in self._found]
+        return self._per_group(found)
 
     def cuts(self, positions: Callable[[], Sequence], last: int) -> list[Array]:
         """Positions below which enough equal scores lie: of a group those with keys above the
@@ -244,8 +269,10 @@ class Selection:
         positions: makes those of every entry where they are used: kept for later, they would be
         written to memory. last: above all of them; the cut where none of equal scores is cut off.
         """
-        rows = lambda: self._stacked(positions(), last, position_type(last // 2))
-        return self._per_group(_cut_ties(self._rows, self._ks, self._found, rows, last))
+        kind = position_type(last // 2)
+        stacked = lambda: self._stacked(positions(), last, kind)
+        ends = _cut_ties(self._rows, self._ks, self._found, stacked, last)
+        return self._per_group(ends)
 
 
 def _batches(groups: Sequence[Sequence[Array]]) -> list[list[int]]:
@@ -253,9 +280,11 @@ def _batches(groups: Sequence[Sequence[Array]]) -> list[list[int]]:
     batches: dict[Any, list[int]] = {}
     for i, group in enumerate(groups):
         kind: Any = ("alone", i)
-        if platforms.one_cpu() and len(group) == 1 and group[0].size < _SMALL:
-            size = max(group[0].size, _SMALL // 16)
-            kind = (size - 1).bit_length() // 3
+        largest = max(leaf.size for leaf in group)
+        if platforms.one_cpu() and len(group) == 1 and largest < _SMALL:
+            size = max(largest, _SMALL // 16)
+            bits = (size - 1).bit_length()
+            kind = bits // 3
         batches.setdefault(kind, []).append(i)
     return list(batches.values())
 
@@ -263,7 +292,11 @@ def _batches(groups: Sequence[Sequence[Array]]) -> list[list[int]]:
 def _stack_padded(flat: Sequence[Array], fill: Any) -> Array:
     """Vectors as the rows of a matrix."""
     width = max(row.size for row in flat)
-    padded = [jnp.pad(row, (0, width - row.size), constant_values=fill) for row in flat]
+    padded = []
+    for row in flat:
+        missing = width - row.size
+        longer = jnp.pad(row, (0, missing), constant_values=fill)
+        padded.append(longer)
     return jnp.stack(padded)
 
 
@@ -282,17 +315,18 @@ def _search(several: Sequence[Rows], ks: Sequence[Array]) -> list[_Found]:
     hints = _sampled(several, ks)
     results: list[_Found] = []
     for rows, k, sampled in zip(several, ks, hints):
+        ranking = rows.ranking
+        high = jnp.full_like(k, ranking.infinity, ranking.integer)
         if sampled is None:
             high, least = _extremes(rows)
-            start, first = _start(rows, high), [least]
-        else:
-            start = _start(rows, jnp.full_like(k, rows.ranking.infinity, rows.ranking.integer))
-            first = sampled
+            sampled = [least]
+        start = _start(rows, high)
         varying = functools.partial(trees.varying_like, arrays=[k])
         start = tree_map(varying, start)
         if results:
             start = _after(start, results[-1])
-        results.append(_narrowed(rows, k, start, first))
+        found = _narrowed(rows, k, start, sampled)
+        results.append(found)
     return results
 
 
@@ -308,32 +342,50 @@ def _after(start: _Bracket, found: _Found) -> _Bracket:
 
 def _sampled(several: Sequence[Rows], ks: Sequence[Array]) -> list[list[Array] | None]:
     """Keys that enclose the k-th largest of large arrays, almost surely: high, low; else None."""
-    samples = {}
+    samples: dict[int, Array] = {}
     for i, rows in enumerate(several):
-        if len(rows.arrays) == 1 and len(rows.arrays[0]) == 1:
-            sample = trees.sample(rows.arrays[0][0])
-            if sample is not None:
-                samples[i] = sample.astype(rows.ranking.real)
+        sample = _sample(rows)
+        if sample is not None:
+            samples[i] = sample
     hints: list[list[Array] | None] = [None] * len(several)
     if not samples:
         return hints
     ranking = several[0].ranking
-    few = Rows(ranking, [_stack_padded(list(samples.values()), jnp.nan)])
-    sizes = jnp.asarray([sample.size for sample in samples.values()])
-    shares = jnp.asarray([samples[i].size / several[i].total for i in samples], jnp.float32)
-    expected = jnp.concatenate([ks[i] for i in samples]).astype(jnp.float32) * shares
-    margin = 3 * jnp.sqrt(expected * (1 - expected / sizes)) + 2
-    ranks = jnp.stack([jnp.floor(expected - margin), jnp.ceil(expected + margin)])
-    ranks = jnp.clip(ranks, 1, sizes).astype(jnp.int32)
+    padded = _stack_padded(list(samples.values()), jnp.nan)
+    few = Rows(ranking, [padded])
+    sizes = np.array([sample.size for sample in samples.values()])
+    totals = np.array([several[i].total for i in samples])
+    shares = (sizes / totals).astype(np.float32)
+    wanted = jnp.concatenate([ks[i] for i in samples])
+    expected = wanted.astype(jnp.float32) * shares
+    variance = expected * (1 - expected / sizes)
+    deviation = jnp.sqrt(variance)
+    margin = 3 * deviation + 2
+    first = jnp.floor(expected - margin)
+    last = jnp.ceil(expected + margin)
+    ranks = jnp.stack([first, last])
+    ranks = jnp.clip(ranks, 1, sizes)
     greatest, least = _extremes(few)
     start = _start(few, greatest)
-    search = jax.vmap(lambda k: _narrowed(few, k, start, [least]).threshold)
-    high, low = search(ranks)
+    search = jax.vmap(lambda rank: _narrowed(few, rank, start, [least]))
+    high, low = search(ranks.astype(jnp.int32)).threshold
     # a rank beyond the sample tells nothing, and the first probe would be lost
-    high = jnp.where(expected > margin, high + 1, ranking.infinity)
+    inside = expected > margin
+    high = jnp.where(inside, high + 1, ranking.infinity)
     for place, i in enumerate(samples):
-        hints[i] = [high[place : place + 1], low[place : place + 1]]
+        own = slice(place, place + 1)
+        hints[i] = [high[own], low[own]]
     return hints
+
+
+def _sample(rows: Rows) -> Array | None:
+    """Some scores of one large array; else None."""
+    first, *others = rows.arrays
+    if others or len(first) > 1:
+        return None
+    (array,) = first
+    sample = trees.sample(array)
+    return None if sample is None else sample.astype(rows.ranking.real)
 
 
 # Equal scores -------------------------------------------------------------------------------------
@@ -347,44 +399,55 @@ def _cut_ties(
     last: int,
 ) -> list[Array]:
     """The smallest cuts, see `Selection.cuts`."""
-    uncut = [jnp.zeros_like(k, position_type(last // 2)) + last for k in ks]
+    kind = position_type(last // 2)
+    uncut = [jnp.zeros_like(k, kind) + last for k in ks]
     tied = [result.reached != k for k, result in zip(ks, found)]
     some_tied = [jnp.any(row) for row in tied]
 
     def cut_ties() -> list[Array]:
-        # in the type that a branch inside `vmap` of `shard_map` gives them
-        places = [
-            [trees.varying_like(position, rows.arrays) for position in own]
-            for rows, own in zip(several, positions())
-        ]
+        places = []
+        for rows, own in zip(several, positions()):
+            # in the type that a branch inside `vmap` of `shard_map` gives them
+            varying = functools.partial(trees.varying_like, arrays=rows.arrays)
+            places.append(list(map(varying, own)))
 
-        def kept(i: int, cut: Array) -> Array:
-            """How many scores the cut keeps; as many as asked for where none are equal."""
-            rows, threshold = several[i], found[i].threshold
+        def enough(i: int, cut: Array) -> Array:
+            """Whether a cut keeps as many scores as asked for, or none are equal."""
+            rows = several[i]
+            threshold, _ = found[i]
 
-            def counted(scores: Array, position: Array) -> Array:
+            def kept(scores: Array, position: Array) -> Array:
                 reached = rows.at_least(scores, threshold)
                 above = rows.at_least(scores, threshold + 1)
                 before = position < _along(cut, position)
-                return (above | (reached & before)).astype(jnp.int32)
+                counted = above | (reached & before)
+                return counted.astype(jnp.int32)
 
-            count = lambda: rows.fold(jnp.add, jnp.sum, counted, places[i]).astype(jnp.int32)
-            return lax.cond(some_tied[i], count, lambda: ks[i])
+            def count() -> Array:
+                number = rows.fold(jnp.add, jnp.sum, kept, places[i])
+                return number.astype(jnp.int32)
+
+            number = lax.cond(some_tied[i], count, lambda: ks[i])
+            return number >= ks[i]
 
         def halve(brackets: list) -> list:
             halves = []
             for i, (low, high) in enumerate(brackets):
                 middle = low + (high - low) // 2
-                enough = kept(i, middle) >= ks[i]
-                upper = jnp.where(enough, low, jnp.minimum(middle + 1, high))
-                halves.append((upper, jnp.where(enough, middle, high)))
+                below = enough(i, middle)
+                above = jnp.minimum(middle + 1, high)
+                low = jnp.where(below, low, above)
+                high = jnp.where(below, middle, high)
+                halves.append((low, high))
             return halves
 
-        unfinished = lambda brackets: jnp.any(
-            jnp.stack([jnp.any(low < high) for low, high in brackets])
-        )
+        def unfinished(brackets: list) -> Array:
+            wide = [jnp.any(low < high) for low, high in brackets]
+            return jnp.any(jnp.stack(wide))
+
         brackets = [(jnp.zeros_like(high), high) for high in uncut]
         ends = lax.while_loop(unfinished, halve, brackets)
         return [jnp.where(row, cut, last) for row, (_, cut) in zip(tied, ends)]
 
-    return lax.cond(jnp.any(jnp.stack(some_tied)), cut_ties, lambda: uncut)
+    any_tied = jnp.any(jnp.stack(some_tied))
+    return lax.cond(any_tied, cut_ties, lambda: uncut)

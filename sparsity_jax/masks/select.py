@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -53,32 +54,53 @@ def k_largest_masks(
 def _masks(
     trees_of_scores: list, ks: list[Array], before: Sequence | None, magnitude: bool
 ) -> list[PyTree]:
-    constant = lambda leaf: lax.stop_gradient(jnp.asarray(leaf))
-    ranked = tree_map(constant, trees_of_scores)
-    if before is not None:
-        lowest = lambda leaf, kept: jnp.where(kept, leaf, jnp.nan)
-        ranked = tree_map(lowest, ranked, list(before))
-    kinds = [common_type(tree_leaves(tree)) for tree in ranked]
+    ranked = _ranked(trees_of_scores, before)
+    by_type: dict[Any, list[int]] = {}
+    for i, tree in enumerate(ranked):
+        kind = common_type(tree_leaves(tree))
+        by_type.setdefault(kind, []).append(i)
     results: dict[int, PyTree] = {}
-    for kind in dict.fromkeys(kinds):
-        members = [i for i, own in enumerate(kinds) if own == kind]
-        earlier = [None if before is None else before[i] for i in members]
-        own = [ranked[i] for i in members]
-        results |= zip(members, _masks_of(own, [ks[i] for i in members], earlier, magnitude))
+    for own in by_type.values():
+        found = _masks_of(
+            [ranked[i] for i in own],
+            [ks[i] for i in own],
+            [before[i] if before else None for i in own],
+            magnitude,
+        )
+        results |= zip(own, found)
     return [results[i] for i in range(len(ranked))]
+
+
+def _ranked(several: list, before: Sequence | None) -> list:
+    """Scores as constants, NaN where a mask of `before` is False."""
+
+    def constant(leaf: Array) -> Array:
+        leaf = jnp.asarray(leaf)
+        return lax.stop_gradient(leaf)
+
+    ranked = tree_map(constant, several)
+    if before is None:
+        return ranked
+    lowest = lambda leaf, kept: jnp.where(kept, leaf, jnp.nan)
+    return tree_map(lowest, ranked, list(before))
+
+
+def _with_entries(tree: PyTree) -> list[Array]:
+    return [leaf for leaf in tree_leaves(tree) if leaf.size]
 
 
 def _masks_of(
     several: Sequence[PyTree], ks: Sequence[Array], before: Sequence[PyTree], magnitude: bool
 ) -> list[PyTree]:
     """Masks of trees of one type of scores."""
-    groups = [[leaf for leaf in tree_leaves(tree) if leaf.size] for tree in several]
-    befores = [[leaf for leaf in tree_leaves(tree) if leaf.size] for tree in before]
-    totals = [trees.size(group) for group in groups]
+    groups = list(map(_with_entries, several))
+    befores = list(map(_with_entries, before))
+    totals = list(map(trees.size, groups))
     span = max(totals)
     wanted = [jnp.clip(k, 0, total) for k, total in zip(ks, totals)]
-    ranking = Ranking(common_type(groups[0]), magnitude)
     found = search.cuts(groups, wanted, befores, span, magnitude)
+    first, *_ = groups
+    ranking = Ranking(common_type(first), magnitude)
 
     def mask(tree: PyTree, earlier: PyTree, cut: search.Cut) -> PyTree:
         leaves, structure = tree_flatten(tree)

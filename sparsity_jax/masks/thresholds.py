@@ -52,10 +52,17 @@ def _kth(leaves: list[Array], k: Array, magnitude: bool) -> Array:
         kept = ranking.at_least(leaf, threshold) & ~jnp.isnan(leaf)
         return jnp.where(kept, ranking.size(leaf), jnp.inf)
 
-    lowest = [trees.fold(jnp.minimum, jnp.min, size_if_kept, leaf) for leaf in leaves]
-    least = jnp.min(jnp.stack(lowest))
-    is_number = lambda leaf: (~jnp.isnan(leaf)).astype(jnp.int32)
-    numbers = sum(trees.fold_sum(is_number, leaf) for leaf in leaves)
+    def is_number(leaf: Array) -> Array:
+        known = ~jnp.isnan(leaf)
+        return known.astype(jnp.int32)
+
+    lowest = []
+    numbers = jnp.zeros((), jnp.int32)
+    for leaf in leaves:
+        part = trees.fold(jnp.minimum, jnp.min, size_if_kept, leaf)
+        lowest.append(part)
+        numbers += trees.fold_sum(is_number, leaf)
+    least = functools.reduce(jnp.minimum, lowest)
     key = ranking.key(least)
     value = jnp.where(key == 0, 0, ranking.bound(key))  # without subnormals
     value = jnp.where(numbers >= k, value, jnp.nan)

@@ -24,7 +24,8 @@ def nearest_k_sparse(
     than the radius. Derivatives follow `beyond`, which the budget and the entries strictly between
     0 and the radius decide.
     """
-    constant = lax.stop_gradient(([*points], [*budgets], [*radii]))
+    given = list(points), list(budgets), list(radii)
+    constant = lax.stop_gradient(given)
     thresholds = platforms.per_platform(_thresholds, *constant)
     return list(map(_clipped, points, budgets, radii, thresholds))
 
@@ -44,12 +45,15 @@ def _clipped(x: Array, budget: Array, radius: Array, threshold: Array) -> Array:
     for _ in range(2):  # of a sum that is concave in `beyond` and has one kink at most
         raised = rest + beyond
         free = (raised >= 0) & (raised < radius)
-        missing = budget - jnp.sum(cut(raised))
-        number = jnp.sum(free)
-        beyond = beyond + missing / jnp.maximum(number, 1)
-    inside = jnp.sum(cut(magnitude)) <= budget
+        reached = jnp.sum(cut(raised))
+        missing = budget - reached
+        number = jnp.maximum(jnp.sum(free), 1)
+        beyond = beyond + missing / number
+    length = jnp.sum(cut(magnitude))
+    inside = length <= budget
     moved = jnp.where(inside, magnitude, rest + beyond)
-    return sign * cut(moved)
+    nearest = cut(moved)
+    return sign * nearest
 
 
 def _thresholds(
@@ -58,11 +62,17 @@ def _thresholds(
     """The smallest floating-point numbers t with sum(clip(|x| - t, 0, radius)) <= budget."""
     if platforms.in_turn():
         return list(map(_threshold, points, budgets, radii))
+    by_type: dict[Any, list[int]] = {}
+    for i, x in enumerate(points):
+        by_type.setdefault(x.dtype, []).append(i)
     results: dict[int, Array] = {}
-    for kind in dict.fromkeys(x.dtype for x in points):
-        own = [i for i, x in enumerate(points) if x.dtype == kind]
-        columns = [[column[i] for i in own] for column in (points, budgets, radii)]
-        results |= zip(own, _thresholds_together(*columns))
+    for own in by_type.values():
+        found = _thresholds_together(
+            [points[i] for i in own],
+            [budgets[i] for i in own],
+            [radii[i] for i in own],
+        )
+        results |= zip(own, found)
     return [results[i] for i in range(len(points))]
 
 
@@ -71,14 +81,16 @@ def _threshold(x: Array, budget: Array, radius: Array) -> Array:
     in their order.
     """
     magnitude = jnp.abs(x)
-    integer = jnp.dtype(f"int{8 * x.dtype.itemsize}")
+    bits = 8 * x.dtype.itemsize
+    integer = jnp.dtype(f"int{bits}")
     number = lambda key: lax.bitcast_convert_type(key, x.dtype)
 
     def halve(_: int, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bracket
         middle = low + (high - low) // 2
         bound = number(middle)
-        total = trees.fold_sum(lambda m: jnp.clip(m - bound, 0, radius), magnitude)
+        clipped = lambda m: jnp.clip(m - bound, 0, radius)
+        total = trees.fold_sum(clipped, magnitude)
         over = total > budget
         low = jnp.where(over, middle, low)
         high = jnp.where(over, high, middle)
@@ -88,7 +100,7 @@ def _threshold(x: Array, budget: Array, radius: Array) -> Array:
     largest = jnp.where(budget > 0, largest, 0)
     last = lax.bitcast_convert_type(largest, integer)
     first = jnp.zeros_like(last)
-    _, key = lax.fori_loop(0, jnp.iinfo(integer).bits, halve, (first, last))
+    _, key = lax.fori_loop(0, bits, halve, (first, last))
     return number(key)
 
 
@@ -97,23 +109,35 @@ def _thresholds_together(
 ) -> list[Array]:
     """The thresholds of points of one type, some bits of all of them at a time."""
     kind = points[0].dtype
-    layout = blocks.Layout([[x] for x in points])
-    magnitudes = [jnp.abs(piece) for piece in layout.pack([[x] for x in points])]
-    spread_radii = layout.spread(jnp.stack(radii))
+    groups = [[x] for x in points]
+    layout = blocks.Layout(groups)
+    magnitudes = [jnp.abs(piece) for piece in layout.pack(groups)]
+    stacked = jnp.stack(radii)
+    spread_radii = layout.spread(stacked)
     budget = jnp.stack(budgets)
 
     def over(keys: Array) -> Array:
+        """Whether what lies above the numbers of keys [candidates, points] is over the budget."""
+        numbers = lax.bitcast_convert_type(keys, kind)
         several = []
-        for bounds in lax.bitcast_convert_type(keys, kind):
-            pieces = zip(magnitudes, layout.spread(bounds), spread_radii)
-            several.append([jnp.clip(m - bound, 0, radius) for m, bound, radius in pieces])
+        for bounds in numbers:
+            spread = layout.spread(bounds)
+            clipped = []
+            for magnitude, bound, radius in zip(magnitudes, spread, spread_radii):
+                above = magnitude - bound
+                clipped.append(jnp.clip(above, 0, radius))
+            several.append(clipped)
         return layout.sums(several) > budget
 
     bits = 8 * kind.itemsize
-    start = trees.varying_like(jnp.zeros(budget.shape, f"uint{bits}"), [*points, budget])
-    key = digits.largest(over, start, bits - 1) + 1
-    needed = over(start[None])[0] & (budget > 0)
-    return list(lax.bitcast_convert_type(jnp.where(needed, key, 0), kind))
+    start = jnp.zeros(budget.shape, f"uint{bits}")
+    start = trees.varying_like(start, [*points, budget])
+    last_over = digits.largest(over, start, bits - 1)  # signs are clear
+    (zero_over,) = over(start[None])
+    needed = zero_over & (budget > 0)
+    key = jnp.where(needed, last_over + 1, 0)
+    thresholds = lax.bitcast_convert_type(key, kind)
+    return list(thresholds)
 
 
 def settled(constraint: Any, w: Array, update: Array) -> Array:
@@ -124,14 +148,17 @@ def settled(constraint: Any, w: Array, update: Array) -> Array:
     then rounded once: they are at most that rounding outside. The cost is one more norm per array.
     """
     wide = widen(w)
-    target = _rounded(constraint.pull_back(wide + update), w.dtype)
+    inner = constraint.pull_back(wide + update)
+    target = _rounded(inner, w.dtype)
     difference = target - wide
     update = difference.astype(w.dtype)
     # rounding of the difference may end beyond the target: then a step that is one number shorter
     # or longer does not
-    reached = _rounded(wide + widen(update), w.dtype)
+    end = wide + widen(update)
+    reached = _rounded(end, w.dtype)
     beyond = jnp.abs(reached) > jnp.abs(target)
-    return jnp.where(beyond, jnp.nextafter(update, -w), update)
+    nearer = jnp.nextafter(update, -w)
+    return jnp.where(beyond, nearer, update)
 
 
 def _rounded(wide: Array, dtype: Any) -> Array:
@@ -142,8 +169,10 @@ def _rounded(wide: Array, dtype: Any) -> Array:
     """
     kind = jnp.finfo(dtype)
     normal = lax.reduce_precision(wide, kind.nexp, kind.nmant)
-    if kind.minexp <= jnp.finfo(wide.dtype).minexp:
+    least = jnp.finfo(wide.dtype).minexp
+    if kind.minexp <= least:
         return normal
     spacing = float(kind.smallest_subnormal)
     subnormal = spacing * jnp.round(wide / spacing)
-    return jnp.where(jnp.abs(wide) < float(kind.tiny), subnormal, normal)
+    small = jnp.abs(wide) < float(kind.tiny)
+    return jnp.where(small, subnormal, normal)
