@@ -180,7 +180,8 @@ def keep_counts(
     if chosen.together:
         return _KEPT_OF_ALL[chosen.count](sum(sizes.values()), ratio)
     leaves = trees.named_leaves(params)
-    shapes = {name: leaves[layer.scored[0].path].shape for name, layer in layers.items()}
+    first = {name: layer.scored[0] for name, layer in layers.items()}
+    shapes = {name: leaves[part.path].shape for name, part in first.items()}
     rule = dict(layer_ratios=chosen.layer_ratios, count=chosen.count)
     counts = shares.kept_of_layers(sizes, shapes, ratio, **rule)
     least = 1 if selection == "structured" else 0
@@ -287,4 +288,6 @@ def left_by(
         inside += jnp.sum(left, dtype=jnp.int32)
         possible += alive * units.entries(leaves, layer)
     whole = sum(layer.size for layer in layers)
-    return number, 1 - jnp.minimum(number / whole, inside / jnp.maximum(possible, 1))
+    left = inside / jnp.maximum(possible, 1)
+    left = jnp.minimum(number / whole, left)
+    return number, 1 - left

@@ -63,7 +63,8 @@ class Layout:
     def largest(self, pieces: Sequence[Array]) -> Array:
         """The largest entry of every group, at least 0: [groups]."""
         reduce = functools.partial(jnp.max, initial=0)
-        return jnp.maximum(self._reduced([pieces], reduce, jnp.maximum, jax.ops.segment_max)[0], 0)
+        (peaks,) = self._reduced([pieces], reduce, jnp.maximum, jax.ops.segment_max)
+        return jnp.maximum(peaks, 0)
 
     def _reduced(
         self,

@@ -178,7 +178,8 @@ def minimum_kept(sizes: Mapping[str, int], *, share: float = 0.05) -> dict[str, 
     _number(share, tables.Fraction, "share")
     floors = {}
     for name, size in sizes.items():
-        floors[name] = min(masks.count_of(share, int(size), rounding="floor") + 1, int(size))
+        kept = masks.count_of(share, int(size), rounding="floor") + 1
+        floors[name] = min(kept, int(size))
     return floors
 
 
@@ -304,7 +305,9 @@ class _Row(NamedTuple):
 
     def living(self) -> dict[str, int]:
         """How many channels of each layer are alive, by sorted names."""
-        return dict(zip(sorted(self.names), np.bincount(self.layer, self.alive).astype(int)))
+        counts = np.bincount(self.layer, self.alive)
+        names = sorted(self.names)
+        return dict(zip(names, counts.astype(int)))
 
     def spread(self, values: Mapping[str, Any]) -> np.ndarray:
         """The value of its layer, for each channel."""

@@ -169,4 +169,5 @@ class Checkpoints:
 
 def _same_bits(first: PyTree, second: PyTree) -> bool:
     pairs = zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
-    return all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs)
+    content = lambda leaf: np.asarray(leaf).tobytes()
+    return all(content(a) == content(b) for a, b in pairs)

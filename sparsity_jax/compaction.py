@@ -108,7 +108,8 @@ def take_stock(problem: Problem, state: State, stage: Compact) -> Row:
     row: Row = dict(accuracy=accuracy(problem, stock))
     tolerance = stage.tolerance or rounding_of(problem)
     row |= _difference(problem, tolerance, *logits)
-    row["kept"] = {name: int(bools.sum()) for name, bools in stock.keep.items()}
+    keep = stock.keep
+    row["kept"] = {name: int(bools.sum()) for name, bools in keep.items()}
     row["sizes"] = stock.channels.sizes
     image = jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype)
     for end, (apply, variables) in zip(("", "_compact"), networks.values()):

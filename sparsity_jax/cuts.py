@@ -396,7 +396,9 @@ def _balanced_examples(problem: Problem, most: int) -> tuple[Any, Any]:
     labels = np.asarray(problem.dataset.train.labels)
     rarest = int(np.bincount(labels, minlength=classes).min())
     order = problem.sample.order(len(labels))
-    index = order[scores.class_balanced(labels[order], classes, min(most, classes * rarest))]
+    number = min(most, classes * rarest)
+    balanced = scores.class_balanced(labels[order], classes, number)
+    index = order[balanced]
     images, classes_of = train.arrays(problem, "train")
     return images[index], classes_of[index]
 

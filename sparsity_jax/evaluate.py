@@ -454,9 +454,11 @@ def describe(row: Config) -> str:
     compact = "compact" if "parameters_compact" in row else ""
     lines.append(f"{'':<28}{'dense':>16}{compact:>16}")
     for field, (name, form) in _LINES.items():
-        texts = [format(row[key], form) for key in (field, f"{field}_compact") if key in row]
+        fields = (field, f"{field}_compact")
+        texts = [format(row[key], form) for key in fields if key in row]
         if texts:
-            lines.append(f"  {name:<26}" + "".join(f"{text:>16}" for text in texts))
+            columns = "".join(f"{text:>16}" for text in texts)
+            lines.append(f"  {name:<26}{columns}")
     for name, middle in row.get("milliseconds", {}).items():
         low = row["milliseconds_low"][name]
         high = row["milliseconds_high"][name]
@@ -472,7 +474,8 @@ def describe(row: Config) -> str:
 def describe_all(rows: Rows) -> str:
     """The tables of all members, and of several seeds mean and deviation of their accuracy."""
     text = [describe(row) for row in rows]
-    are_seeds = len(rows) > 1 and all(set(row["swept"]) == {"seed"} for row in rows)
+    by_seed = all(set(row["swept"]) == {"seed"} for row in rows)
+    are_seeds = by_seed and len(rows) > 1
     for split in ("test", "train") if are_seeds else ():
         values = [row[f"{split}_accuracy"] for row in rows if f"{split}_accuracy" in row]
         if values:

@@ -226,7 +226,8 @@ def _write_files(folder: pathlib.Path, arrays: Arrays, program: bytes, about: Fi
     stored = io.BytesIO()
     np.savez(stored, **dict[str, Any](arrays))
     contents = {_VARIABLES: stored.getvalue(), _PROGRAM: program}
-    about["sha256"] = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
+    digest = lambda data: hashlib.sha256(data).hexdigest()
+    about["sha256"] = {name: digest(data) for name, data in contents.items()}
     about["checksum"] = intact.digest_of_value(about)
     contents[_ABOUT] = f"{json.dumps(about, indent=1)}\n".encode()
     folder.mkdir(exist_ok=True)

@@ -51,7 +51,8 @@ class Structured:
         axes = convolutions if preferred or self.layers == "convolutions" else every
         if not by_name or self.granularity == "channel":
             return axes
-        others = {path: own for path, own in axes.items() if path.split("/")[-2:-1] != ["fc"]}
+        is_fc = lambda path: path.split("/")[-2:-1] == ["fc"]
+        others = {path: own for path, own in axes.items() if not is_fc(path)}
         some_stay = self.include or self.exclude or len(others) < len(every)
         if not some_stay:
             raise ValueError(

@@ -572,7 +572,8 @@ class Spectrum(TrainingLoss):
         if not self.stop_width:
             return None
         widths = [own for (own,) in place.settings.values() if isinstance(own, Width)]
-        reader = min(widths, key=lambda own: (own.spectrum != place.name, own.spectrum != ""))
+        nearness = lambda own: (own.spectrum != place.name, own.spectrum != "")
+        reader = min(widths, key=nearness)
         variables = wide_variables(state)
         epsilon, _ = tolerated(problem, variables, reader)
         distances = width.distances(variables[0])
@@ -770,7 +771,8 @@ def _known(number: float) -> float | None:
 
 def _newest(rows: Rows, kind: str, stage: str = "") -> Rows:
     """Rows of the latest visit of a stage of a kind, by default of that which made the last row."""
-    of_kind = [row for row in rows if row["kind"] == kind and stage in ("", row["stage"])]
+    of_kind = [row for row in rows if row["kind"] == kind]
+    of_kind = [row for row in of_kind if stage in ("", row["stage"])]
     if not of_kind:
         return []
     visit_of = operator.itemgetter("stage", "visit")

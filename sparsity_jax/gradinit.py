@@ -127,7 +127,8 @@ def scale_step(
             move = scale_learning_rate * height / spread
             floor = 0.0 if path.rsplit("/", 1)[-1] == "bias" else min_scale
             scale = jnp.where(alive, jnp.maximum(scale - move, floor), scale)
-            p = jnp.where(alive, (widen(p) * (scale * grow)).astype(p.dtype), p)
+            grown = widen(p) * (scale * grow)
+            p = jnp.where(alive, grown.astype(p.dtype), p)
             return p, scale, mean, square
 
         _, params, scales, norms, means, squares = state

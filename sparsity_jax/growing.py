@@ -433,7 +433,9 @@ class _Growth:
             kept: Any = self.given.get(layer.name)
             if kept is None:
                 kept = picked.get(layer.name)
-            keep[layer.name] = jnp.ones_like(value, bool) if kept is None else jnp.asarray(kept)
+            if kept is None:
+                kept = jnp.ones_like(value, bool)
+            keep[layer.name] = jnp.asarray(kept)
         num = len(self.active)
         phase = _PICK if self.plan.pick_updates else PUSH
         progress = Progress(

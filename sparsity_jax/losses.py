@@ -51,7 +51,9 @@ def mean_squared_error(logits: Array, labels: Array) -> Array:
 
 def correct(logits: Array, labels: Array) -> Array:
     """Whether the largest logit is the label's, bool [...]; never where a logit is NaN."""
-    return (jnp.argmax(logits, -1) == labels) & ~jnp.isnan(logits).any(-1)
+    unknown = jnp.isnan(logits).any(-1)
+    right = jnp.argmax(logits, -1) == labels
+    return right & ~unknown
 
 
 LOSSES = {"cross_entropy": cross_entropy, "mean_squared_error": mean_squared_error}

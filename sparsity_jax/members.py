@@ -139,7 +139,8 @@ def _fields_of(arm: Any, stages: Sequence[str]) -> Fields:
         if not isinstance(arm[stage], dict):
             allowed = "a dict of the stage's fields that change"
             raise ConfigError(stage, arm[stage], allowed=allowed)
-        values |= {f"{stage}.{field}": value for field, value in arm[stage].items()}
+        own = arm[stage]
+        values |= {f"{stage}.{field}": value for field, value in own.items()}
     return values
 
 

@@ -357,7 +357,8 @@ def _side_by_side(common: Config, every: Sequence[Member], used: Sequence[str]) 
     def program(i: int) -> list:
         return [every[i].stages[name].together() for name in used]
 
-    groups = [list(group) for _, group in itertools.groupby(range(len(every)), program)]
+    indices = range(len(every))
+    groups = [list(group) for _, group in itertools.groupby(indices, program)]
     if mode == "vmap" and len(groups) > 1:
         first, other = (every[group[0]].config for group in groups[:2])
         raise _another_program(first, other, used)

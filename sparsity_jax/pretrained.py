@@ -509,7 +509,8 @@ def _alike(theirs: Modules, ours: Modules, fresh: set[str]) -> list[Group]:
         paths = [path for path in same if path not in fresh] or same
         if 0 < len(paths) < len(names):
             kind = ours[paths[0]].kind
-            other = [path for path in ours if path in fresh and ours[path].kind == kind]
+            left = [path for path in ours if path in fresh]
+            other = [path for path in left if ours[path].kind == kind]
             paths = [path for path in ours if path in same or path in other]
         if len(paths) == len(names):
             groups.append((names, paths))

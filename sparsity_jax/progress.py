@@ -107,7 +107,8 @@ class Display:
     def show(self, done: float, rows: Rows) -> None:
         """done: share in [0, 1]; of the rows the newest one's numbers are shown."""
         newest = rows[-1] if rows else {}
-        text = " ".join(f"{name}={newest[name]:.4g}" for name in _SHOWN if name in newest)
+        shown = [name for name in _SHOWN if name in newest]
+        text = " ".join(f"{name}={newest[name]:.4g}" for name in shown)
         if text:
             self._bar.set_postfix_str(text, refresh=False)
         self._bar.update(min(done, 1.0) - self._bar.n)

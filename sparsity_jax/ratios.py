@@ -382,7 +382,9 @@ def keep_of(channels: groups.Channels, table: Mapping[str, Any]) -> Arrays:
         raise ValueError(f"no filter of {path!r} can be removed; its ratio must be 0.")
     keep = {}
     for name, size in channels.sizes.items():
-        keep[name] = np.arange(size) >= masks.num_pruned(ratios.get(name, 0.0), size)
+        ratio = ratios.get(name, 0.0)
+        number = masks.num_pruned(ratio, size)
+        keep[name] = np.arange(size) >= number
     return keep
 
 

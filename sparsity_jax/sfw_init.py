@@ -108,7 +108,8 @@ def _rescaled(
     size = problem.size("train")
     half = stage.batch_size // 2
     keys = random.split(random.fold_in(train.stage_key(state.key, position), scales.step), 4)
-    index = random.choice(keys[0], size, (3 * half,), replace=size < 3 * half)
+    number = 3 * half
+    index = random.choice(keys[0], size, (number,), replace=size < number)
     augment = data.make_augmentation(stage.augment, problem.dataset)
     inputs = problem.images(augment(keys[1], images[index]))
     targets = labels[index]

@@ -400,7 +400,8 @@ def _as_tuple(value: Any, hint: Any) -> tuple:
         kinds = kinds[:1] * len(value)
     if len(kinds) != len(value):
         raise _wrong_type(value, hint)
-    return tuple(convert(item, kind, f"[{i}]") for i, (item, kind) in enumerate(zip(value, kinds)))
+    pairs = enumerate(zip(value, kinds))
+    return tuple(convert(item, kind, f"[{i}]") for i, (item, kind) in pairs)
 
 
 _UNIONS = (typing.Union, types.UnionType)

@@ -699,7 +699,8 @@ def step_on_batch(
     params = masks.apply(optax.apply_updates(state.params, updates), state.masks)
     first = state.step % fit.steps_per_epoch(problem) == 0
     bad = state.metrics.bad_step
-    before = jax.tree.map(lambda x: jnp.where(first, jnp.zeros_like(x), x), state.metrics)
+    anew = lambda x: jnp.where(first, jnp.zeros_like(x), x)
+    before = jax.tree.map(anew, state.metrics)
     metrics = Metrics(
         before.loss + loss,
         before.correct + jnp.sum(losses.correct(logits, targets), dtype=jnp.int32),

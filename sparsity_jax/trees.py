@@ -354,7 +354,9 @@ def _inners(first: Sequence[Array], second: Sequence[Array]) -> Array:
         return jnp.stack([_inner(x, y) for x, y in zip(first, second)])
     layout, xs = _packed(first)
     _, ys = _packed(second)
-    return layout.sums([[x * y for x, y in zip(xs, ys)]])[0]
+    products = [x * y for x, y in zip(xs, ys)]
+    (sums,) = layout.sums([products])
+    return sums
 
 
 def _packed(arrays: Sequence[Array]) -> tuple[blocks.Layout, list[Array]]:
@@ -448,7 +450,9 @@ def _lengths(arrays: Sequence[Array]) -> list[Array]:
     infos = [jnp.finfo(array.dtype) for array in arrays]
     # squares that vanished, at most `tiny` each, are less than a rounding error of the sum; NaN
     # stays what it is
-    least = [array.size * float(info.tiny) / float(info.eps) for array, info in zip(arrays, infos)]
+    least = []
+    for array, info in zip(arrays, infos):
+        least.append(array.size * float(info.tiny) / float(info.eps))
     largest = [float(info.max) for info in infos]
     limits = jnp.asarray([least, largest], squares.dtype)
     precise = (squares >= limits[0]) & (squares <= limits[1])
@@ -457,7 +461,9 @@ def _lengths(arrays: Sequence[Array]) -> list[Array]:
         layout, pieces = _packed(arrays)
         scale = _power_of_two(layout.largest([jnp.abs(piece) for piece in pieces]))
         parts = [piece / own for piece, own in zip(pieces, layout.spread(scale))]
-        return scale * jnp.sqrt(layout.sums([[jnp.square(part) for part in parts]])[0])
+        squares = [jnp.square(part) for part in parts]
+        (sums,) = layout.sums([squares])
+        return scale * jnp.sqrt(sums)
 
     lengths = lax.cond(jnp.all(precise), lambda: jnp.sqrt(squares), scaled)
     return [length.astype(array.dtype) for length, array in zip(lengths, arrays)]

@@ -167,7 +167,8 @@ def spread(values: Array, part: Part, shape: Shape) -> Array:
     if part.index is not None:
         along = jnp.zeros(part.positions(shape), values.dtype)
         values = along.at[part.index].add(values[:, None])
-    return values.reshape([n if axis in part.axes else 1 for axis, n in enumerate(shape)])
+    sizes = [n if axis in part.axes else 1 for axis, n in enumerate(shape)]
+    return values.reshape(sizes)
 
 
 def spread_mask(keep: Array, part: Part, shape: Shape) -> Array:

@@ -494,7 +494,8 @@ def _lowest(probe: linops.Tridiagonal, sharpness: float) -> float:
     low, high = -1.0, 1.0
     for _ in range(40):
         middle = (low + high) / 2
-        angle = math.copysign(math.atan(10 ** (6 - 20 * abs(middle))), -middle)
+        steep = 10 ** (6 - 20 * abs(middle))
+        angle = math.copysign(math.atan(steep), -middle)
         border = scale * math.tan(cut + angle)
         values, firsts, lasts = linops.bordered(probe, last=border)
         size = np.abs(values)

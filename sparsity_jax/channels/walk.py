@@ -428,7 +428,8 @@ def _loop(walk: Walk, eqn: Any, ins: Values) -> Result:
         outs = walk.results(body)
         carry = [walk.either(pair) for pair in zip(carry, outs)]
     turns = Axis(fixed(eqn.params.get("length", 0)), False)
-    stacked = [Value([turns, *_unnamed(value).axes]) for value in outs[len(carry) :]]
+    per_turn = outs[len(carry) :]
+    stacked = [Value([turns, *_unnamed(value).axes]) for value in per_turn]
     sources = _sources(ins)
     return [value._replace(sources=sources) for value in carry + stacked], programs
 

@@ -93,7 +93,9 @@ def random_mask(tree: PyTree, k: Count, key: Array, *, before: PyTree | None = N
     """
     leaves, structure = tree_flatten(tree)
     keys = jax.random.split(key, len(leaves))
-    uniform = [jax.random.uniform(key, leaf.shape) for key, leaf in zip(keys, leaves)]
+    uniform = []
+    for own, leaf in zip(keys, leaves):
+        uniform.append(jax.random.uniform(own, leaf.shape))
     scores = tree_unflatten(structure, uniform)
     if before is not None:
         behind = lambda score, kept: jnp.where(kept, score, score - 1)

@@ -18,7 +18,9 @@ def _smallest_side(layout: Steps) -> int:
     side = 1
     for step in reversed(layout):
         if isinstance(step, Conv):
-            side = max(1, step.stride * (side - 1) + step.size - 2 * (step.padding or 0))
+            padding = step.padding or 0
+            side = step.stride * (side - 1) + step.size - 2 * padding
+            side = max(1, side)
         elif step in (_POOL2, _POOL3):
             side = 2 * (side - 1) + step.arguments[0]
     return side

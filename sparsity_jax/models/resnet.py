@@ -27,7 +27,9 @@ def zero_pad_shortcut(x: Array, features: int, stride: int) -> Array:
     missing = features - x.shape[-1]
     before = missing // 2
     pixels = x[:, ::stride, ::stride]
-    return jnp.pad(pixels, ((0, 0), (0, 0), (0, 0), (before, missing - before)))
+    none = (0, 0)
+    widths = (none, none, none, (before, missing - before))
+    return jnp.pad(pixels, widths)
 
 
 def _residual(

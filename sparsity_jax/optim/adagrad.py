@@ -55,7 +55,9 @@ def adagrad_sfw(
         def step(
             sets: Sequence, ws: Sequence[Array], ds: Sequence[Array], roots: Sequence[Array]
         ) -> list[Array]:
-            problem = _Quadratic([widen(w) for w in ws], [widen(d) for d in ds], metrics(roots), lr)
+            starts = [widen(w) for w in ws]
+            directions = [widen(d) for d in ds]
+            problem = _Quadratic(starts, directions, metrics(roots), lr)
             ys = problem.starts
             for _ in range(inner_steps):
                 ys = problem.step(sets, ys)
@@ -89,13 +91,15 @@ class _Quadratic(NamedTuple):
             d + metric * (y - start) / divisor
             for start, d, metric, y in zip(self.starts, self.directions, self.metrics, ys)
         ]
-        gaps = [y - vertex for y, vertex in zip(ys, polytopes.vertices(sets, slopes))]
+        vertices = polytopes.vertices(sets, slopes)
+        gaps = [y - vertex for y, vertex in zip(ys, vertices)]
         scales = trees.scales(gaps)
         scaled = [gap / scale for gap, scale in zip(gaps, scales)]  # its squares stay in range
         units = trees.scales(self.metrics)
         weighted = [metric / unit * part for metric, unit, part in zip(self.metrics, units, scaled)]
         curvatures = trees.dots(weighted, scaled)
-        descents = trees.dots([slope / unit for slope, unit in zip(slopes, units)], scaled)
+        shrunk = [slope / unit for slope, unit in zip(slopes, units)]
+        descents = trees.dots(shrunk, scaled)
         moved = []
         for y, gap, scale, curvature, descent in zip(ys, gaps, scales, curvatures, descents):
             best = lr * descent / jnp.where(curvature > 0, curvature, 1) / scale

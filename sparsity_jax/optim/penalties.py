@@ -84,7 +84,8 @@ def _proximal_sgd(inner: Transformation, strength: PyTree, momentum: Array) -> T
     def update(updates: PyTree, state: Any, params: PyTree, extra: Fields) -> Updated:
         updates, state = inner.update(updates, state, params, **extra)
         rate = rates.learning_rate(state)
-        bounds = tree_map(lambda s: rate * s / (1 - momentum), steps.one_each(strength, params))
+        each = steps.one_each(strength, params)
+        bounds = tree_map(lambda s: rate * s / (1 - momentum), each)
         return tree_map(_shrunk, updates, params, bounds), state
 
     return steps.needing_params(inner.init, update)

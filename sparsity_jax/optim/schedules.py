@@ -135,7 +135,8 @@ def _stepped_per_iteration(
     def update(state: Array, step: Array, value: Any) -> tuple[Array, Array]:
         del value
         rate = jnp.where(step == 0, 0.0 if warm else learning_rate, state)
-        following = jnp.where(step < warm, learning_rate * (step + 1) / (warm + 1e-8), rate)
+        rising = learning_rate * (step + 1) / (warm + 1e-8)
+        following = jnp.where(step < warm, rising, rate)
         return rate, jnp.asarray(change(following, step + 1), float)
 
     return Rate(lambda: jnp.zeros((), float), update)

@@ -134,7 +134,8 @@ def heavy_ball(
         first = state.step == 0
 
         def mix(b: Array, g: Array) -> Array:
-            return jnp.where(first, g, momentum * b + share * widen(g)).astype(b.dtype)
+            mixed = momentum * b + share * widen(g)
+            return jnp.where(first, g, mixed).astype(b.dtype)
 
         def answer(g: Array, b: Array) -> Array:
             return (g + momentum * b if nesterov else b).astype(g.dtype)
@@ -197,7 +198,8 @@ def projected(inner: optax.GradientTransformation, sets: PyTree) -> Transformati
 
     def pull(sets: Sequence, ws: Sequence[Array], updates: Sequence[Array]) -> list[Array]:
         wide = [widen(w) for w in ws]
-        nearest = polytopes.project_all(sets, [w + u for w, u in zip(wide, updates)])
+        ends = [w + u for w, u in zip(wide, updates)]
+        nearest = polytopes.project_all(sets, ends)
         moves = [end - w for end, w in zip(nearest, wide)]
         return list(map(polytopes.settled, sets, ws, moves))
 
@@ -232,7 +234,8 @@ def sfw(
     def update(averages: PyTree, state: tuple, params: PyTree, lr: Array) -> Updated:
         def step(sets: Sequence, ws: Sequence[Array], ds: Sequence[Array]) -> list[Array]:
             ds = [widen(d) for d in ds]
-            gaps = [v - w for v, w in zip(polytopes.vertices(sets, ds), ws)]
+            vertices = polytopes.vertices(sets, ds)
+            gaps = [v - w for v, w in zip(vertices, ws)]
             diameters = [s.diameter(w.size) for s, w in zip(sets, ws)]
             sizes = _step_sizes(lr, ds, gaps, diameters, rescale)
             moves = [size * gap for size, gap in zip(sizes, gaps)]

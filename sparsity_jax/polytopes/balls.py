@@ -77,7 +77,9 @@ class LpBall:
         magnitude = jnp.where(positive, magnitude, 1)
         powers = jnp.where(positive, magnitude**q, 0)
         length = jnp.sum(powers) ** (1 / q)
-        return jnp.where(positive, jnp.sign(g) * (magnitude / length) ** (q / self.p), 0)
+        share = magnitude / length
+        size = share ** (q / self.p)
+        return jnp.where(positive, jnp.sign(g) * size, 0)
 
     def project(self, x: Array) -> Array:
         """Nearest point for p = 1, 2, inf; other p raise ValueError."""

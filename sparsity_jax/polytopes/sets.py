@@ -171,7 +171,8 @@ def check(constraint: dict) -> tuple[Rule, ...]:
     `tables.check_options` does.
     """
     outer = dict(constraint)
-    overrides = tables.convert(outer.pop("rules", ()), tuple[tuple[str, dict], ...], "rules")
+    given = outer.pop("rules", ())
+    overrides = tables.convert(given, tuple[tuple[str, dict], ...], "rules")
     rules = []
     for i, (pattern, config) in enumerate(overrides):
         with tables.within(f"rules[{i}]"):

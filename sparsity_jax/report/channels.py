@@ -111,7 +111,9 @@ def compact(grouped: Grouped) -> Shown:
     for line in told.to_dict("records"):
         row = dict(line["row"])
         for field in ("parameters", "flops", "bytes"):
-            row[f"{field}_share"] = number(row.get(f"{field}_compact")) / number(row.get(field))
+            compact = number(row.get(f"{field}_compact"))
+            whole = number(row.get(field))
+            row[f"{field}_share"] = compact / whole
         name = f"{grouped[line['series']].label}, network {line['member']}, visit {line['visit']}"
         lines.append((name, row))
         if row.get("warning"):

@@ -116,7 +116,9 @@ def short_paths(paths: Sequence[str], *, limit: int = 34) -> list[str]:
     names = []
     for parts in split:
         name = "/".join(parts)
-        names.append(_literal(name if len(name) <= limit else f"…{name[1 - limit :]}"))
+        if len(name) > limit:
+            name = f"…{name[1 - limit :]}"
+        names.append(_literal(name))
     return names
 
 
@@ -181,7 +183,8 @@ def chart(
         panel.set(label=title, xlabel=xlabel, ylabel=ylabel, yscale=yscale)
         _scale(panel, ylabel or title)
     if axes:
-        keys = [_key(colors[hue], color(hue)) for hue in sorted(told["color"].unique())]
+        hues = sorted(told["color"].unique())
+        keys = [_key(colors[hue], color(hue)) for hue in hues]
         if any(dashes):
             keys += [
                 _key(text, _MUTED, style) for text, style in zip(dashes, itertools.cycle(_DASHES))
@@ -258,7 +261,9 @@ def heat_maps(maps: Mapping[str, Frame], what: str) -> Figure:
     """
     figure, axes = _panels(len(maps))
     most = max(map(len, maps.values()))
-    figure.set_figheight((0.16 * most + 1) * math.ceil(len(maps) / 2) + 0.6)
+    rows = math.ceil(len(maps) / 2)
+    height = 0.16 * most + 1
+    figure.set_figheight(height * rows + 0.6)
     palette = matplotlib.colormaps["cividis"].with_extremes(under="#5a0f14")
     look: Any = dict(norm="log", cmap=palette, aspect="auto", interpolation="nearest")
     for panel, (name, table) in zip(axes, maps.items()):

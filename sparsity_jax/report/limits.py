@@ -466,8 +466,13 @@ def _density(row: Row) -> dict[str, np.ndarray]:
     values = np.ravel(row["ritz_values"])
     weights = np.ravel(row["ritz_weights"])
     width = 0.008 * max(np.ptp(values), 1e-12)
-    grid = np.linspace(values.min() - 7 * width, values.max() + 7 * width, 1200)
+    margin = 7 * width
+    least = values.min() - margin
+    most = values.max() + margin
+    grid = np.linspace(least, most, 1200)
     distances = (grid[:, None] - values) / width
-    bumps = np.exp(-(distances**2) / 2) / (width * math.sqrt(2 * math.pi))
+    heights = np.exp(-(distances**2) / 2)
+    area = width * math.sqrt(2 * math.pi)
+    bumps = heights / area
     heights = bumps @ (weights / weights.sum())
     return {"x": grid, "y": np.maximum(heights, 1e-7 * heights.max())}

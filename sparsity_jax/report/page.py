@@ -176,7 +176,8 @@ def _tree(values: Fields) -> dict[str, list[tuple[str, str]]]:
     """(path, text) of every setting by the top-level key it belongs to."""
     leaves = {}
     for key, value in values.items():
-        leaves[key] = [(path or key, setting(leaf)) for path, leaf in files.flatten(value)]
+        flat = files.flatten(value)
+        leaves[key] = [(path or key, setting(leaf)) for path, leaf in flat]
     return leaves
 
 

@@ -40,7 +40,8 @@ def accuracy_train(grouped: Grouped) -> Shown:
 def _section(grouped: Grouped, curves: Frame, field: str, heading: str, caption: str) -> Shown:
     """All ratios and those above ZOOM once more; None without numbers."""
     every = draw.points(curves, "removed", field, "All ratios", curves["dash"])
-    above = every[every["x"] >= _ZOOM - NEAR].assign(panel=f"Above {_ZOOM:.0%}")
+    far = every["x"] >= _ZOOM - NEAR
+    above = every[far].assign(panel=f"Above {_ZOOM:.0%}")
     variants = curves.sort_values("dash")["variant"].unique()
     return draw.section(
         heading,
