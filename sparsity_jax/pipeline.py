@@ -86,7 +86,8 @@ def run(
     with enough_memory_for("config.data", None, plans[0].common):
         problem = build(plans)
     precision = jax.default_matmul_precision(problem.precision)
-    with lock.held(workdir, stale_seconds=lock_seconds) as still_mine, precision:
+    held = lock.held(workdir, stale_seconds=lock_seconds)
+    with workdirs.naming(workdir), held as still_mine, precision:
         workdirs.claim(workdir, config)
         tell_environment(problem, workdir, command)
         diverged: list[str] = []

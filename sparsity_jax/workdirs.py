@@ -6,8 +6,11 @@ A checkpoint is a folder `workdir/checkpoints/NUMBER` with the arrays in `state`
 verified before anything in it is read.
 """
 
+import contextlib
+import errno
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +36,7 @@ __all__ = [
     "holds_run",
     "member_folders",
     "member_name",
+    "naming",
     "newest",
     "numbers_in",
     "read",
@@ -46,6 +50,18 @@ FOLDER = "checkpoints"
 STATE = "state"
 PROGRESS = "progress.json"
 _UNREADABLE = r"[\[\]\\]|:/"  # in paths: orbax's reader takes them for patterns or addresses
+
+
+@contextlib.contextmanager
+def naming(workdir: Path) -> Iterator[None]:
+    """A full disk is told with `workdir`, where the failed write does not say which file it was."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not full or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(workdir)) from error
 
 
 def say(message: str) -> None:

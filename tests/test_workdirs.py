@@ -2,6 +2,7 @@
 another number.
 """
 
+import errno
 import functools
 import importlib
 import json
@@ -429,6 +430,16 @@ def small_disk(tmp_path):
         pytest.skip("mounting a small file system needs rights that this process has not")
     yield folder, lambda size: run(mount(f"remount,size={size}"), check=True)
     run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_write_that_fails_without_a_name_is_told_with_the_folder(tmp_path):
+    with pytest.raises(OSError, match="") as caught, workdirs.naming(tmp_path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert caught.value.filename == str(tmp_path)
+    for other in (OSError(errno.ENOSPC, "full", "a file"), OSError(errno.EACCES, "refused")):
+        with pytest.raises(OSError, match="") as caught, workdirs.naming(tmp_path):
+            raise other
+        assert caught.value is other
 
 
 RUN = """
