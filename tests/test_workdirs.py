@@ -437,7 +437,7 @@ def test_a_write_that_fails_without_a_name_is_told_with_the_folder(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert caught.value.filename == str(tmp_path)
     for other in (OSError(errno.ENOSPC, "full", "a file"), OSError(errno.EACCES, "refused")):
-        with pytest.raises(OSError, match="full|refused") as caught, workdirs.naming(tmp_path):
+        with pytest.raises(OSError, match=r"full|refused") as caught, workdirs.naming(tmp_path):
             raise other
         assert caught.value is other
 
