@@ -14,14 +14,14 @@ import numpy as np
 from jax import Array
 
 from sparsity_jax import platforms, trees
+from sparsity_jax.blocks import Groups
 from sparsity_jax.masks import digits, probes
 from sparsity_jax.masks.order import Ranking, common_type, positions
 from sparsity_jax.types import PyTree
 
-__all__ = ["Count", "Cut", "Groups", "checked_count", "cuts", "kth_keys"]
+__all__ = ["Count", "Cut", "checked_count", "cuts", "kth_keys"]
 
 Count = int | Array
-Groups = Sequence[Sequence[Array]]
 _Selection = probes.Selection | digits.Selection
 
 
