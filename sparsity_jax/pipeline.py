@@ -16,6 +16,7 @@ from sparsity_jax import (
     finished,
     interface,
     lock,
+    platforms,
     stages,
     stopping,
     stored,
@@ -87,7 +88,8 @@ def run(
         problem = build(plans)
     precision = jax.default_matmul_precision(problem.precision)
     held = lock.held(workdir, stale_seconds=lock_seconds)
-    with workdirs.naming(workdir), held as still_mine, precision:
+    own_devices = platforms.using(platforms.own())
+    with workdirs.naming(workdir), held as still_mine, precision, own_devices:
         workdirs.claim(workdir, config)
         tell_environment(problem, workdir, command)
         diverged: list[str] = []

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import jax
 from jax import lax
 
-__all__ = ["Way", "compiled", "in_turn", "one_cpu", "one_device", "per_platform", "using"]
+__all__ = ["Way", "compiled", "in_turn", "one_cpu", "one_device", "own", "per_platform", "using"]
 
 Way = Literal["in turn", "together"]
 _WAY: ContextVar[Way | None] = ContextVar("way", default=None)
@@ -30,11 +30,14 @@ def using(way: Way | None) -> Iterator[None]:
         _WAY.reset(token)
 
 
+def own() -> Way:
+    """The way of the platform on which programs run if nothing else is asked for."""
+    return "in turn" if jax.default_backend() == "cpu" else "together"
+
+
 def in_turn() -> bool:
     """Whether one array is worked on after the other."""
-    way = _WAY.get()
-    if way is None:
-        return jax.default_backend() == "cpu"
+    way = _WAY.get() or own()
     return way == "in turn"
 
 
@@ -51,9 +54,10 @@ def one_cpu() -> bool:
 def per_platform(function: Callable, *arguments: Any) -> Any:
     """`function(*arguments)`, laid out as the platform likes for which the program is compiled.
 
-    `function` must not change anything outside: it may be traced twice.
+    `function` must not change anything outside: on a CPU it is traced for both ways, except where
+    `using` says which one. A run says so, as it compiles for its own devices alone.
     """
-    if _WAY.get() is not None or jax.default_backend() != "cpu":
+    if _WAY.get() is not None or own() == "together":
         return function(*arguments)
 
     def laid_out(way: Way) -> Callable:

@@ -87,18 +87,22 @@ def compiling(options: list[tuple]):
 
 @pytest.fixture(scope="module", autouse=True)
 def as_this_file_wants(request):
-    """Compiles quickly, for most of a test's time is compilation, and draws no reports.
+    """Compiles quickly and for this machine only, for most of a test's time is compilation, and
+    draws no reports.
 
     Drops compiled programs when they fill the memory.
     """
     import jax
     import tiny
 
+    from sparsity_jax import platforms
+
     if resident_bytes() > KEPT:
         jax.clear_caches()
         gc.collect()
     drawn = getattr(request.module, "PAGES", False)
-    with compiling(QUICKLY), tiny.pages(drawn), tiny.same_programs():
+    own_devices = platforms.using(platforms.own())
+    with compiling(QUICKLY), tiny.pages(drawn), tiny.same_programs(), own_devices:
         yield
 
 
