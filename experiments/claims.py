@@ -1,9 +1,8 @@
 """Writes the measured numbers of README.md and of the ledger from the rows kept in this folder.
 
-    python experiments/claims.py                                replaces every number that differs
-    from its rows python experiments/claims.py --check                        only says which
-    differ, and then exits with 1 python experiments/claims.py --take quickstart runs/quickstart
-    keeps the rows of a new run first
+    python experiments/claims.py            replaces every number that differs from its rows
+    python experiments/claims.py --check    only says which differ, and then exits with 1
+    python experiments/claims.py --take quickstart runs/quickstart    keeps rows of a new run first
 
 A claim is a piece of text in which every number stands for a value of rows; its other words are
 found literally.
@@ -23,6 +22,8 @@ from sparsity_jax.report import sections, series, summary
 HERE = pathlib.Path(__file__).resolve().parent
 README, LEDGER = HERE.parent / "README.md", HERE / "LEDGER.md"
 NUMBER = r"\d[\d.,]*(?: ± \d[\d.,]*)?"
+ROWS_LINK = r"\(\[rows\]\({}\)\)"  # in the ledger, behind the numbers of a run
+STOPS = (0.5, 0.7, 0.8, 0.9, 0.95)  # ratios of a curve that a filled row tells
 KEPT = {  # what `--take` keeps, by name
     "quickstart": "quickstart/metrics.jsonl",
     "limit": "geometric_limit/digits.jsonl",
@@ -256,6 +257,48 @@ def growing() -> list[Claim]:
     ]
 
 
+def told_line(line: summary.Summary, several: bool) -> tuple[str, list[str]]:
+    """Text and numbers of one line of the report's summary, which is named if there are several."""
+    texts = {
+        "dense": "unpruned {} %" if "pruned" in line.cells else "dense {} %",
+        "pruned": "pruned {} %",
+        "channels": "{} % of the channels removed",
+        "weights": "{} % of the weights removed",
+    }
+    texts |= {str(stop): f"at {100 * stop:g} %: {{}}" for stop in STOPS}
+    shown = [column for column in texts if column in line.cells]
+    text = ", ".join(texts[column] for column in shown)
+    if several:
+        name = ", ".join(filter(None, (line.label, line.variant))).replace("|", "/")
+        text = f"{name}: {text}"
+    return text, [percent(line.cells[column]) for column in shown]
+
+
+def told(rows: list[dict]) -> tuple[str, list[str]]:
+    """What a row of the ledger says of a whole run, by its rows: text and numbers, as a claim has
+    them. Curves and trained networks come first, then predicted and actual limits.
+    """
+    lines = summary.summarize(series.group(rows), stops=STOPS)
+    parts = [told_line(line, several=len(lines) > 1) for line in lines]
+    for row in rows:
+        if row["kind"] == "width":
+            ends = [percent(row[end], 2) for end in ("predicted", "low", "high")]
+            parts.append((f"{row['stage']}: predicted {{}} % ({{}} to {{}})", ends))
+        elif row["kind"] == "limit" and row.get("phase") == "result":
+            parts.append(("actual {} %", [percent(row["limit"], 2)]))
+    text = "; ".join(text for text, _ in parts)
+    return text, [number for _, numbers in parts for number in numbers]
+
+
+def filled(ledger: pathlib.Path = LEDGER) -> list[Claim]:
+    """The rows that `gpu/ledger.py` filled: each links to the rows of its run."""
+    claims = []
+    for name in re.findall(ROWS_LINK.format(r"([^)\s]+)"), ledger.read_text(encoding="utf-8")):
+        text, numbers = told(report.read_rows(ledger.parent / name))
+        claims.append(Claim(ledger, f"{text} ([rows]({name}))", numbers))
+    return claims
+
+
 STUDIES: tuple[Callable[[], list[Claim]], ...] = (
     quickstart,
     small_cnn,
@@ -264,6 +307,7 @@ STUDIES: tuple[Callable[[], list[Claim]], ...] = (
     cifar_limit,
     gradient_flow,
     growing,
+    filled,
 )
 
 
