@@ -9,8 +9,8 @@ and its numbers written into it at once; one that does not end in time is stoppe
 in its workdir, and the same call goes on from there. Rows without a command, or whose data or
 starting point is not there, are passed over.
 
-What fits is known from the run itself: after two epochs the rest of the training, at the median
-speed so far. What comes after the training is not counted.
+What fits is known from the run itself: after three epochs the rest of the training, at the median
+speed of all but the first one, which compiles. What comes after the training is not counted.
 """
 
 import argparse
@@ -51,7 +51,7 @@ from sparsity_jax import (
 )
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-HEADINGS = "Experiment|Published number|Our number|Command|Hardware|Time|Date|Status"
+RUNNER = ("-m", "sparsity_jax.run")
 SAME_RUN = "the same run"
 SAVING = 40.0  # seconds kept free at the end, in which a run saves its state
 POLL = 2.0  # seconds between two looks at a run
@@ -88,16 +88,18 @@ class Row(NamedTuple):
     def is_open(self) -> bool:
         return self.status == "open"
 
+    def has_command(self) -> bool:
+        return re.fullmatch(r"`run .+`", self.command) is not None
+
     def words(self) -> list[str]:
-        """What follows `run` in its command; [] for a row without a command."""
-        match = re.fullmatch(r"`run (.+)`", self.command)
-        return shlex.split(match[1]) if match else []
+        """What follows `run` in its command. Raises ValueError for a quotation without an end."""
+        return shlex.split(self.command.strip("`"))[1:]
 
 
 def row_of(line: str) -> Row | None:
     """The row that a line of the ledger is; None for any other line."""
     cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip())]
-    if len(cells) != len(Row._fields) + 2 or line.strip() == f"|{HEADINGS}|":
+    if len(cells) != len(Row._fields) + 2 or not line.startswith("|"):
         return None
     row = Row(*cells[1:-1])
     is_heading = row.experiment in ("Experiment", "---")
@@ -180,16 +182,19 @@ def config_of(path: str, fields: list[str]) -> dict[str, Any]:
         if match is None:
             raise ValueError(f"{field} is no --config.FIELD=VALUE")
         name, value = match[1], literal(match[2])
-        if name.startswith("sweep."):
-            config = run.swept(config, {name.removeprefix("sweep."): value})
-        else:
-            config = members.replaced(config, {name: value})
+        try:
+            if name.startswith("sweep."):
+                config = run.swept(config, {name.removeprefix("sweep."): value})
+            else:
+                config = members.replaced(config, {name: value})
+        except (KeyError, TypeError):
+            raise ValueError(f"the config has no field {name}") from None
     return config
 
 
 def job_of(row: Row) -> Job:
-    """What a row asks for. Raises ValueError, KeyError or OSError saying why it cannot run: its
-    command, its config, or something that is not there, such as data.
+    """What a row asks for. Raises ValueError or OSError saying why it cannot run: its command, its
+    config, or something that is not there, such as data.
     """
     words = row.words()
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -222,7 +227,7 @@ def epochs_of(job: Job) -> int:
 
 def training_left(job: Job, rows: list[dict]) -> float | None:
     """Seconds that the rest of the training takes, at the median speed of the epochs in `rows` but
-    the first of each training, which compiles; None before there is one.
+    the first of each training, which compiles; None before there are two.
     """
     firsts = {plan.numbers[0] for plan in job.plans}
     trainings: dict[tuple, list[dict]] = {}
@@ -236,9 +241,9 @@ def training_left(job: Job, rows: list[dict]) -> float | None:
         done += epochs[-1]["epoch"]
         for before, after in itertools.pairwise(epochs):
             speeds.append(after["seconds"] - before["seconds"])
-    if not speeds:
+    if len(speeds) < 2:
         return None
-    return statistics.median(speeds) * (epochs_of(job) - done)
+    return statistics.median_low(speeds) * (epochs_of(job) - done)
 
 
 def rows_so_far(job: Job) -> list[dict]:
@@ -299,11 +304,11 @@ def attempt(job: Job, deadline: float, part: bool) -> str:
     """Starts or continues a run, until it has ended or has to stop; see `reason_to_stop`. Returns
     why its row stays open, "" once the run is finished.
     """
-    command = [sys.executable, "-m", "sparsity_jax.run", *job.words]
+    command = [sys.executable, *RUNNER, *job.words]
     before = seconds_so_far(job.workdir)
     started = time.monotonic()
     # in a group of its own: Ctrl-C reaches it once, through this process
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, process_group=0)
     reason = ""
     try:
         while process.poll() is None and not reason:
@@ -393,11 +398,11 @@ def jobs(ledger: pathlib.Path, only: str) -> Iterator[Job]:
     """
     for row in rows_of(ledger.read_bytes().decode()):
         is_meant = only in f"{row.experiment} {row.command}"
-        if not (row.is_open() and row.words() and is_meant):
+        if not (row.is_open() and row.has_command() and is_meant):
             continue
         try:
             yield job_of(row)
-        except (ValueError, KeyError, OSError) as error:
+        except (ValueError, OSError) as error:
             reason = textwrap.shorten(str(error), 120, placeholder=" ...")
             say(f"passed over: {row.experiment}: {reason}")
 
