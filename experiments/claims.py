@@ -22,7 +22,7 @@ from sparsity_jax.report import sections, series, summary
 HERE = pathlib.Path(__file__).resolve().parent
 README, LEDGER = HERE.parent / "README.md", HERE / "LEDGER.md"
 NUMBER = r"\d[\d.,]*(?: ± \d[\d.,]*)?"
-ROWS_LINK = r"\(\[rows\]\({}\)\)"  # in the ledger, behind the numbers of a run
+ROWS_LINK = r"\(\[rows\]\(([^)\s]+)\)\)"  # in the ledger, behind the numbers of a run
 STOPS = (0.5, 0.7, 0.8, 0.9, 0.95)  # ratios of a curve that a filled row tells
 KEPT = {  # what `--take` keeps, by name
     "quickstart": "quickstart/metrics.jsonl",
@@ -265,37 +265,58 @@ def told_line(line: summary.Summary, several: bool) -> tuple[str, list[str]]:
         "channels": "{} % of the channels removed",
         "weights": "{} % of the weights removed",
     }
-    texts |= {str(stop): f"at {100 * stop:g} %: {{}}" for stop in STOPS}
+    for stop in STOPS:
+        texts[str(stop)] = f"at {100 * stop:g} %: {{}}"
     shown = [column for column in texts if column in line.cells]
+    numbers = [percent(line.cells[column]) for column in shown]
     text = ", ".join(texts[column] for column in shown)
     if several:
-        name = ", ".join(filter(None, (line.label, line.variant))).replace("|", "/")
+        named = filter(None, (line.label, line.variant))
+        name = ", ".join(named).replace("|", "/")
         text = f"{name}: {text}"
-    return text, [percent(line.cells[column]) for column in shown]
+    return text, numbers
+
+
+def told_limit(row: dict) -> tuple[str, list[float | None]]:
+    """Text and shares of a row that predicts a limit or has found one; "" and [] for others."""
+    if row["kind"] == "width":
+        text = f"{row['stage']}: predicted {{}} % ({{}} to {{}})"
+        return text, [row["predicted"], row["low"], row["high"]]
+    if row["kind"] == "limit" and row.get("phase") == "result":
+        return "actual {} %", [row["limit"]]
+    return "", []
 
 
 def told(rows: list[dict]) -> tuple[str, list[str]]:
     """What a row of the ledger says of a whole run, by its rows: text and numbers, as a claim has
     them. Curves and trained networks come first, then predicted and actual limits.
     """
-    lines = summary.summarize(series.group(rows), stops=STOPS)
-    parts = [told_line(line, several=len(lines) > 1) for line in lines]
+    grouped = series.group(rows)
+    lines = summary.summarize(grouped, stops=STOPS)
+    several = len(lines) > 1
+    texts = []
+    numbers = []
+    for line in lines:
+        text, own = told_line(line, several)
+        texts.append(text)
+        numbers += own
     for row in rows:
-        if row["kind"] == "width":
-            ends = [percent(row[end], 2) for end in ("predicted", "low", "high")]
-            parts.append((f"{row['stage']}: predicted {{}} % ({{}} to {{}})", ends))
-        elif row["kind"] == "limit" and row.get("phase") == "result":
-            parts.append(("actual {} %", [percent(row["limit"], 2)]))
-    text = "; ".join(text for text, _ in parts)
-    return text, [number for _, numbers in parts for number in numbers]
+        text, shares = told_limit(row)
+        if text and None not in shares:
+            texts.append(text)
+            numbers += [percent(share, 2) for share in shares if share is not None]
+    return "; ".join(texts), numbers
 
 
 def filled(ledger: pathlib.Path = LEDGER) -> list[Claim]:
     """The rows that `gpu/ledger.py` filled: each links to the rows of its run."""
     claims = []
-    for name in re.findall(ROWS_LINK.format(r"([^)\s]+)"), ledger.read_text(encoding="utf-8")):
-        text, numbers = told(report.read_rows(ledger.parent / name))
-        claims.append(Claim(ledger, f"{text} ([rows]({name}))", numbers))
+    names = re.findall(ROWS_LINK, ledger.read_text(encoding="utf-8"))
+    for name in names:
+        rows = report.read_rows(ledger.parent / name)
+        text, numbers = told(rows)
+        claim = Claim(ledger, f"{text} ([rows]({name}))", numbers)
+        claims.append(claim)
     return claims
 
 

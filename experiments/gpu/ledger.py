@@ -93,23 +93,32 @@ class Row(NamedTuple):
 
     def words(self) -> list[str]:
         """What follows `run` in its command. Raises ValueError for a quotation without an end."""
-        return shlex.split(self.command.strip("`"))[1:]
+        command = self.command.strip("`")
+        _, *words = shlex.split(command)
+        return words
 
 
 def row_of(line: str) -> Row | None:
     """The row that a line of the ledger is; None for any other line."""
-    cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip())]
-    if len(cells) != len(Row._fields) + 2 or not line.startswith("|"):
+    parts = re.split(r"(?<!\\)\|", line.strip())
+    before, *inner, after = parts if len(parts) > 1 else ("", "")
+    if before or after or len(inner) != len(Row._fields):
         return None
-    row = Row(*cells[1:-1])
-    is_heading = row.experiment in ("Experiment", "---")
-    return None if is_heading else row
+    cells = [cell.strip() for cell in inner]
+    row = Row(*cells)
+    if row.experiment in ("Experiment", "---"):
+        return None
+    return row
 
 
 def rows_of(text: str) -> list[Row]:
     """All rows of a ledger, in order."""
-    found = map(row_of, text.splitlines())
-    return [row for row in found if row is not None]
+    rows = []
+    for line in text.splitlines():
+        row = row_of(line)
+        if row is not None:
+            rows.append(row)
+    return rows
 
 
 def filled(text: str, row: Row, **cells: str) -> str:
@@ -128,7 +137,7 @@ def filled(text: str, row: Row, **cells: str) -> str:
     below |= dict(number="in the row of the run", status=cells["status"])
     for number in range(place + 1, len(lines)):
         other = row_of(lines[number])
-        if other is None or other.command != SAME_RUN or not other.is_open():
+        if other is None or not other.is_open() or other.command != SAME_RUN:
             break
         lines[number] = replaced(lines[number], other, **below)
     return "".join(lines)
@@ -136,8 +145,10 @@ def filled(text: str, row: Row, **cells: str) -> str:
 
 def replaced(line: str, row: Row, **cells: str) -> str:
     """The line of a row with other cells, and its own end."""
-    end = line[len(line.rstrip("\r\n")) :]
-    return row._replace(**cells).line() + end
+    content = line.rstrip("\r\n")
+    end = line.removeprefix(content)
+    new = row._replace(**cells)
+    return new.line() + end
 
 
 # What a row asks for ------------------------------------------------------------------------------
@@ -232,18 +243,22 @@ def training_left(job: Job, rows: list[dict]) -> float | None:
     firsts = {plan.numbers[0] for plan in job.plans}
     trainings: dict[tuple, list[dict]] = {}
     for row in rows:
-        if row["kind"] == "train" and "epoch" in row and row["member"] in firsts:
+        is_epoch = row["kind"] == "train" and "epoch" in row
+        if is_epoch and row["member"] in firsts:
             name = (row["member"], row["stage"], row["visit"])
-            trainings.setdefault(name, []).append(row)
+            epochs = trainings.setdefault(name, [])
+            epochs.append(row)
     done = 0
     speeds = []
     for epochs in trainings.values():
         done += epochs[-1]["epoch"]
         for before, after in itertools.pairwise(epochs):
-            speeds.append(after["seconds"] - before["seconds"])
+            seconds = after["seconds"] - before["seconds"]
+            speeds.append(seconds)
     if len(speeds) < 2:
         return None
-    return statistics.median_low(speeds) * (epochs_of(job) - done)
+    left = epochs_of(job) - done
+    return left * statistics.median_low(speeds)
 
 
 def rows_so_far(job: Job) -> list[dict]:
@@ -252,7 +267,8 @@ def rows_so_far(job: Job) -> list[dict]:
     rows = []
     for first, folder in folders.items():
         with contextlib.suppress(OSError, ValueError):
-            rows += workdirs.renumbered(report.read_rows(folder / report.METRICS), first)
+            own = report.read_rows(folder / report.METRICS)
+            rows += workdirs.renumbered(own, first)
     return rows
 
 
@@ -353,39 +369,61 @@ def origin_of(data: dict[str, Any]) -> str:
     name = COPIES.get(data["name"], "")
     if not name:
         return ""
-    opened = prepared.open_prepared(data["name"], data.get("data_dir", ""), "train", "test")
+    data_dir = data.get("data_dir", "")
+    opened = prepared.open_prepared(data["name"], data_dir, "train", "test")
     image, _ = opened.train.read_one(0)
-    return f"JPEG copy of {name}: " if image.startswith(JPEG) else ""
+    if not image.startswith(JPEG):
+        return ""
+    return f"JPEG copy of {name}: "
+
+
+def lines_of(rows: list[dict]) -> bytes:
+    """Rows as JSON, one per line."""
+    lines = [json.dumps(row) for row in rows]
+    text = "\n".join(lines)
+    return f"{text}\n".encode()
 
 
 def keep_rows(job: Job, rows: list[dict], folder: pathlib.Path) -> str:
     """Writes the rows of a run below `folder`; returns the path from there."""
-    name = f"{FOLDERS.get(job.study, job.study)}/{job.workdir.name}.jsonl"
-    lines = [json.dumps(row) + "\n" for row in rows]
-    if sum(map(len, lines)) > LARGE:
-        lines = [json.dumps(row) + "\n" for row in claims.slim(rows)]
+    study = FOLDERS.get(job.study, job.study)
+    name = f"{study}/{job.workdir.name}.jsonl"
+    data = lines_of(rows)
+    if len(data) > LARGE:
+        data = lines_of(claims.slim(rows))
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    intact.write(path, "".join(lines).encode())
+    intact.write(path, data)
     return name
+
+
+def told_seeds(config: dict[str, Any], rows: list[dict]) -> str:
+    """The status of a finished run."""
+    usual = config.get("seed", 0)
+    seeds = {row.get("seed", usual) for row in rows}
+    count = "one seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
+    return f"done, {count}"
 
 
 def fill(ledger: pathlib.Path, job: Job) -> str:
     """Writes a finished run into the ledger, and its rows beside it; returns what it says now."""
     config, rows, environment = report.gather(job.workdir)
     name = keep_rows(job, rows, ledger.parent)
-    text, numbers = claims.told(report.read_rows(ledger.parent / name))
-    number = f"{origin_of(job.plans[0].common['data'])}{text.format(*numbers)} ([rows]({name}))"
-    seeds = {row.get("seed", config.get("seed", 0)) for row in rows}
+    kept = report.read_rows(ledger.parent / name)
+    text, numbers = claims.told(kept)
+    origin = origin_of(job.plans[0].common["data"])
+    number = f"{origin}{text.format(*numbers)} ([rows]({name}))"
+    now = datetime.datetime.now(datetime.UTC)
     cells = dict(
         number=number,
         hardware=hardware_of(environment),
         time=told_time(seconds_so_far(job.workdir)),
-        date=datetime.datetime.now(datetime.UTC).date().isoformat(),
-        status="done, one seed" if len(seeds) == 1 else f"done, {len(seeds)} seeds",
+        date=f"{now:%Y-%m-%d}",
+        status=told_seeds(config, rows),
     )
     before = ledger.read_bytes().decode()
-    intact.write(ledger, filled(before, job.row, **cells).encode())
+    after = filled(before, job.row, **cells)
+    intact.write(ledger, after.encode())
     return number
 
 
@@ -409,9 +447,13 @@ def jobs(ledger: pathlib.Path, only: str) -> Iterator[Job]:
 
 def tell(job: Job) -> None:
     """Says what would run, and how far it is."""
-    needed = training_left(job, rows_so_far(job))
-    known = "" if needed is None else f", {told_time(needed)} of training left"
-    say(f"would run: {job.row.experiment}: {shlex.join(job.words)}{known}")
+    rows = rows_so_far(job)
+    needed = training_left(job, rows)
+    known = ""
+    if needed is not None:
+        known = f", {told_time(needed)} of training left"
+    words = shlex.join(job.words)
+    say(f"would run: {job.row.experiment}: {words}{known}")
 
 
 def work(ledger: pathlib.Path, deadline: float, options: argparse.Namespace) -> int:

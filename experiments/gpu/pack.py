@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from array_record.python import array_record_module
 
@@ -135,22 +135,32 @@ def pack_set(name: str, data_dir: str, folder: pathlib.Path) -> None:
 # Sizes --------------------------------------------------------------------------------------------
 
 
+def bytes_in(paths: Iterable[pathlib.Path]) -> int:
+    """Bytes of the files among `paths`."""
+    total = 0
+    for path in paths:
+        if path.is_file():
+            total += path.stat().st_size
+    return total
+
+
 def bytes_of(folder: pathlib.Path) -> int:
     """Bytes of all files in `folder`."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return bytes_in(folder.rglob("*"))
 
 
 def tracked_bytes() -> int:
     """Bytes of the files that git tracks here."""
     command = ["git", "ls-files", "-z"]
     listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    paths = [ROOT / name for name in listing.stdout.split("\0") if name]
-    return sum(path.stat().st_size for path in paths if path.is_file())
+    names = listing.stdout.rstrip("\0").split("\0")
+    return bytes_in(ROOT / name for name in names)
 
 
 def tell_sizes(folder: pathlib.Path, limit_mib: float) -> bool:
     """Prints the sizes in MiB; whether their sum is within the limit."""
-    packed, tracked = bytes_of(folder) / MIB, tracked_bytes() / MIB
+    packed = bytes_of(folder) / MIB
+    tracked = tracked_bytes() / MIB
     total = packed + tracked
     fits = total <= limit_mib
     sizes = f"{folder.name} {packed:.1f} MiB + tracked files {tracked:.1f} MiB = {total:.1f} MiB"
