@@ -1,9 +1,8 @@
 """Writes the measured numbers of README.md and of the ledger from the rows kept in this folder.
 
-    python experiments/claims.py                                replaces every number that differs
-    from its rows python experiments/claims.py --check                        only says which
-    differ, and then exits with 1 python experiments/claims.py --take quickstart runs/quickstart
-    keeps the rows of a new run first
+    python experiments/claims.py            replaces every number that differs from its rows
+    python experiments/claims.py --check    only says which differ, and then exits with 1
+    python experiments/claims.py --take quickstart runs/quickstart    keeps rows of a new run first
 
 A claim is a piece of text in which every number stands for a value of rows; its other words are
 found literally.
@@ -23,6 +22,8 @@ from sparsity_jax.report import sections, series, summary
 HERE = pathlib.Path(__file__).resolve().parent
 README, LEDGER = HERE.parent / "README.md", HERE / "LEDGER.md"
 NUMBER = r"\d[\d.,]*(?: ± \d[\d.,]*)?"
+ROWS_LINK = r"\(\[rows\]\(([^)\s]+)\)\)"  # in the ledger, behind the numbers of a run
+STOPS = (0.5, 0.7, 0.8, 0.9, 0.95)  # ratios of a curve that a filled row tells
 KEPT = {  # what `--take` keeps, by name
     "quickstart": "quickstart/metrics.jsonl",
     "limit": "geometric_limit/digits.jsonl",
@@ -256,6 +257,69 @@ def growing() -> list[Claim]:
     ]
 
 
+def told_line(line: summary.Summary, several: bool) -> tuple[str, list[str]]:
+    """Text and numbers of one line of the report's summary, which is named if there are several."""
+    texts = {
+        "dense": "unpruned {} %" if "pruned" in line.cells else "dense {} %",
+        "pruned": "pruned {} %",
+        "channels": "{} % of the channels removed",
+        "weights": "{} % of the weights removed",
+    }
+    for stop in STOPS:
+        texts[str(stop)] = f"at {100 * stop:g} %: {{}}"
+    shown = [column for column in texts if column in line.cells]
+    numbers = [percent(line.cells[column]) for column in shown]
+    text = ", ".join(texts[column] for column in shown)
+    if several:
+        named = filter(None, (line.label, line.variant))
+        name = ", ".join(named).replace("|", "/")
+        text = f"{name}: {text}"
+    return text, numbers
+
+
+def told_limit(row: dict) -> tuple[str, list[float | None]]:
+    """Text and shares of a row that predicts a limit or has found one; "" and [] for others."""
+    if row["kind"] == "width":
+        text = f"{row['stage']}: predicted {{}} % ({{}} to {{}})"
+        return text, [row["predicted"], row["low"], row["high"]]
+    if row["kind"] == "limit" and row.get("phase") == "result":
+        return "actual {} %", [row["limit"]]
+    return "", []
+
+
+def told(rows: list[dict]) -> tuple[str, list[str]]:
+    """What a row of the ledger says of a whole run, by its rows: text and numbers, as a claim has
+    them. Curves and trained networks come first, then predicted and actual limits.
+    """
+    grouped = series.group(rows)
+    lines = summary.summarize(grouped, stops=STOPS)
+    several = len(lines) > 1
+    texts = []
+    numbers = []
+    for line in lines:
+        text, own = told_line(line, several)
+        texts.append(text)
+        numbers += own
+    for row in rows:
+        text, shares = told_limit(row)
+        if text and None not in shares:
+            texts.append(text)
+            numbers += [percent(share, 2) for share in shares if share is not None]
+    return "; ".join(texts), numbers
+
+
+def filled(ledger: pathlib.Path = LEDGER) -> list[Claim]:
+    """The rows that `gpu/ledger.py` filled: each links to the rows of its run."""
+    claims = []
+    names = re.findall(ROWS_LINK, ledger.read_text(encoding="utf-8"))
+    for name in names:
+        rows = report.read_rows(ledger.parent / name)
+        text, numbers = told(rows)
+        claim = Claim(ledger, f"{text} ([rows]({name}))", numbers)
+        claims.append(claim)
+    return claims
+
+
 STUDIES: tuple[Callable[[], list[Claim]], ...] = (
     quickstart,
     small_cnn,
@@ -264,6 +328,7 @@ STUDIES: tuple[Callable[[], list[Claim]], ...] = (
     cifar_limit,
     gradient_flow,
     growing,
+    filled,
 )
 
 
