@@ -4,7 +4,7 @@ helps most.
 Sources: Miao et al., ICLR 2022, section 3.3; Zhu et al. 2021, arXiv:2102.08098 (GradInit).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -79,23 +79,28 @@ def scale_step(
     matrix products, in full float32 by default.
     """
 
-    def move(constraint: Any, w: Array, g: Array) -> tuple[Array, Array]:
-        if isinstance(constraint, polytopes.Unconstrained):
-            return w - learning_rate * g, jnp.asarray(learning_rate, w.dtype)
-        if not w.size:
-            return w, jnp.ones((), w.dtype)
-        g = widen(g)
-        wide = widen(w)
-        vertex = lax.stop_gradient(constraint.lmo(g))
-        length = trees.norm(vertex - wide)
-        ratio = trees.norm(g) / jnp.where(length > 0, length, 1)
-        size = jnp.where(length > 0, jnp.clip(learning_rate * ratio, 0, 1), 1.0)
-        return ((1 - size) * wide + size * vertex).astype(w.dtype), size
+    def free(w: Array, g: Array) -> tuple[Array, Array]:
+        return w - learning_rate * g, jnp.asarray(learning_rate, w.dtype)
+
+    def move(sets: Sequence, ws: Sequence[Array], gs: Sequence[Array]) -> list[tuple[Array, Array]]:
+        slopes = [widen(g) for g in gs]
+        starts = [widen(w) for w in ws]
+        vertices = lax.stop_gradient(polytopes.vertices(sets, slopes))
+        gaps = [vertex - start for vertex, start in zip(vertices, starts)]
+        norms = jnp.stack(trees.norms([*gaps, *slopes]))
+        lengths, steepness = jnp.split(norms, 2)
+        moving = lengths > 0
+        ratios = steepness / jnp.where(moving, lengths, 1)
+        sizes = jnp.where(moving, jnp.clip(learning_rate * ratios, 0, 1), 1.0)
+        ends = [
+            (1 - size) * start + size * vertex
+            for start, vertex, size in zip(starts, vertices, sizes)
+        ]
+        return [(end.astype(w.dtype), size) for end, w, size in zip(ends, ws, sizes)]
 
     def objective(params: PyTree, inner_batch: PyTree, outer_batch: PyTree) -> tuple[Array, tuple]:
         before, grads = jax.value_and_grad(loss)(params, inner_batch)
-        constraints = polytopes.broadcast(sets, params)
-        pairs = tree_map(move, constraints, params, grads, is_leaf=polytopes.is_set)
+        pairs = polytopes.map_together(move, free, sets, params, grads)
         stepped, sizes = _columns(params, pairs)
         return loss(stepped, outer_batch) / learning_rate, (before, sizes)
 

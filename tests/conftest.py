@@ -114,6 +114,16 @@ def as_users_compile(as_this_file_wants):
 
 
 @pytest.fixture
+def eight_devices():
+    """For a test that divides arrays among devices, of which a GPU machine may have one."""
+    import jax
+
+    if jax.default_backend() != "cpu":
+        pytest.skip("needs eight devices, as a CPU has them here")
+    assert jax.device_count() == 8
+
+
+@pytest.fixture
 def pages(as_this_file_wants):
     """With reports, in a file whose runs draw none."""
     import tiny

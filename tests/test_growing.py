@@ -890,6 +890,7 @@ def grown(params):
     return found
 
 
+@pytest.mark.usefixtures("eight_devices")
 def test_growth_on_meshes():
     """Each device has a network of its own, or all share the filters of one."""
     tiny.check_on_meshes(lambda filters: grown({"a": {"kernel": filters.T}}), FILTERS)

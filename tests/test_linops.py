@@ -514,6 +514,7 @@ def test_memory_without_basis(as_users_compile):
     assert total - found.alias_size_in_bytes <= 6 * 4 * 10_100
 
 
+@pytest.mark.usefixtures("eight_devices")
 def test_sharded_vectors_give_a_sharded_basis():
     mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(8), ("x",))
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
@@ -785,6 +786,7 @@ def test_narrow_parameters_have_curvature():
     assert width.distances(params, scope="all").size == 24
 
 
+@pytest.mark.usefixtures("eight_devices")
 def test_curvature_on_meshes():
     rng = default_rng(0)
     matrices = rng.normal(size=(2, 6, 6)).astype(np.float32)

@@ -181,8 +181,8 @@ def test_a_gpu_meets_few_loops_and_branches_however_many_arrays(name):
     assert many <= 12
 
 
+@pytest.mark.usefixtures("eight_devices")
 def test_divided_arrays_are_not_gathered_to_be_searched_together():
-    assert jax.device_count() == 8
     mesh = jax.make_mesh((8,), ("x",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
     rng = np.random.default_rng(6)

@@ -10,6 +10,7 @@ Exit code 1 if a test or a group failed.
 """
 
 import argparse
+import contextlib
 import datetime
 import importlib
 import importlib.metadata
@@ -85,17 +86,22 @@ def _parser() -> argparse.ArgumentParser:
 def _test(out: pathlib.Path, minutes: float) -> bool:
     """Whether the tests of what is measured pass on the default device, in the time given."""
     files = [f"tests/test_{name}.py" for name in TESTED]
-    command = [sys.executable, "-m", "pytest", "-x", *files]
+    command = [sys.executable, "-m", "pytest", *files]
     if importlib.util.find_spec("xdist"):
         command += ["-n", "4"]
     own = {"JAX_PLATFORMS": "", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    try:
-        done = subprocess.run(command, cwd=ROOT, env=_environment() | own, timeout=60 * minutes)
-        result = "passed" if done.returncode == 0 else "failed"
-    except subprocess.TimeoutExpired:
+    told = out / "tests.txt"
+    ended = None
+    with told.open("w") as file, contextlib.suppress(subprocess.TimeoutExpired):
+        ended = subprocess.run(
+            command, cwd=ROOT, env=_environment() | own, timeout=60 * minutes, stdout=file
+        )
+    if ended is None:
         result = f"not finished in {minutes:g} minutes"
+    else:
+        result = told.read_text().strip().splitlines()[-1]
     _write(out, {"group": "tests", "name": _END, "result": result})
-    return result == "passed"
+    return ended is not None and ended.returncode == 0
 
 
 # Rows ---------------------------------------------------------------------------------------------

@@ -78,24 +78,24 @@ def map_together(
     function: Callable, free: Callable, sets: PyTree, params: PyTree, *rest: PyTree
 ) -> PyTree:
     """`function(sets, ws, *rests)` of lists of all constrained arrays, laid out as the platform
-    likes, and `free(w, *rest)` of every other one; empty arrays stay as they are.
+    likes, and `free(w, *rest)` of every other one, empty ones included.
     """
     leaves, structure = tree_flatten(params)
     set_of = tree_leaves(broadcast(sets, params), is_leaf=is_set)
     columns = [leaves, *map(tree_leaves, rest)]
-    results = dict(enumerate(leaves))
+    results = {}
     bound = []
     for i, w in enumerate(leaves):
-        if isinstance(set_of[i], Unconstrained) and w.size:
-            results[i] = free(*[column[i] for column in columns])
-        elif w.size:
+        if w.size and not isinstance(set_of[i], Unconstrained):
             bound.append(i)
+        else:
+            results[i] = free(*[column[i] for column in columns])
     own_sets = [set_of[i] for i in bound]
     own = [[column[i] for i in bound] for column in columns]
     if bound:
         moved = platforms.per_platform(lambda *lists: function(own_sets, *lists), *own)
         results |= zip(bound, moved)
-    return tree_unflatten(structure, list(results.values()))
+    return tree_unflatten(structure, [results[i] for i in range(len(leaves))])
 
 
 def vertices(sets: Sequence[Any], gradients: Sequence[Array]) -> list[Array]:
