@@ -280,7 +280,8 @@ def restore(
     parts |= dict(step=arrays["step"], key=arrays["key"])
     slices = [parts]
     if parts["step"].ndim:
-        slices = [jax.tree.map(lambda leaf, i=i: leaf[i], parts) for i in range(len(parts["step"]))]
+        numbers = range(len(parts["step"]))
+        slices = [jax.tree.map(lambda leaf, i=i: leaf[i], parts) for i in numbers]
     metrics = train.no_metrics()
     return [State(**own, opt_state=(), metrics=metrics) for own in slices], snapshot.progress
 
@@ -463,7 +464,8 @@ def describe(row: Config) -> str:
         low = row["milliseconds_low"][name]
         high = row["milliseconds_high"][name]
         batch = f"  {name}, a batch of {row['batch_size']}"
-        lines.append(f"{batch}: {middle:.3g} ms (quartiles {low:.3g} to {high:.3g})")
+        spread = f"quartiles {low:.3g} to {high:.3g}"
+        lines.append(f"{batch}: {middle:.3g} ms ({spread})")
     if "verdict" in row:
         lines.append(_SPEED.format_map(row))
     lines.append(_PRUNED.get(row["pruned"], ""))

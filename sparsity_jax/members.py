@@ -153,7 +153,8 @@ def _shown(values: Sequence) -> list:
     for number, value in enumerate(values, start=1):
         if isinstance(value, dict):
             name = value.get("name", "")
-            value = name if name and names.count(name) == 1 else f"{name} {number}".strip()
+            is_unique = name and names.count(name) == 1
+            value = name if is_unique else f"{name} {number}".strip()
         texts.append(value)
     return texts
 

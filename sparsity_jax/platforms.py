@@ -42,8 +42,12 @@ def in_turn() -> bool:
 
 
 def one_device() -> bool:
-    """Whether all arrays lie in one memory, so that packing them gathers nothing."""
-    return jax.device_count() == 1
+    """Whether all arrays lie in one memory, so that packing them gathers nothing.
+
+    Not inside `shard_map`, where what an array is packed with must vary between devices as it does.
+    """
+    divided = jax.sharding.get_abstract_mesh().manual_axes
+    return jax.device_count() == 1 and not divided
 
 
 def one_cpu() -> bool:

@@ -102,13 +102,15 @@ class Display:
     def __exit__(self, kind: Any, *_: object) -> None:
         self._bar.close()
         if self._bar.disable and kind is None:
-            say(f"{self._name}: done in {time.monotonic() - self._started:.1f} s")
+            seconds = time.monotonic() - self._started
+            say(f"{self._name}: done in {seconds:.1f} s")
 
     def show(self, done: float, rows: Rows) -> None:
         """done: share in [0, 1]; of the rows the newest one's numbers are shown."""
         newest = rows[-1] if rows else {}
         shown = [name for name in _SHOWN if name in newest]
-        text = " ".join(f"{name}={newest[name]:.4g}" for name in shown)
+        parts = [f"{name}={newest[name]:.4g}" for name in shown]
+        text = " ".join(parts)
         if text:
             self._bar.set_postfix_str(text, refresh=False)
         self._bar.update(min(done, 1.0) - self._bar.n)

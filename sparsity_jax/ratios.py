@@ -406,7 +406,8 @@ def for_speedup(
     """
     if not target >= 1:
         raise ValueError(f"target is {target}; allowed: 1 and above.")
-    if any(ratio < 0 for ratio in table.values()) or not any(table.values()):
+    proportions = table.values()
+    if any(proportion < 0 for proportion in proportions) or not any(proportions):
         raise ValueError("table holds proportions: 0 and above, not all 0.")
 
     def scaled(number: int) -> shares.Ratios:

@@ -135,7 +135,9 @@ def _rescaled(
         clip=stage.clip,
         precision=problem.curvature_precision,
     )
-    scales, metrics = step(scales, batch(1, keys[2]), batch(2, keys[3]))
+    inner = batch(1, keys[2])
+    outer = batch(2, keys[3])
+    scales, metrics = step(scales, inner, outer)
     return scales, dict(loss_before=metrics.loss_before, loss_after=metrics.loss_after)
 
 

@@ -100,7 +100,8 @@ class ConfigError(ValueError):
         sentence = self.where or "the value"
         reason = f" {self.why}" if self.why else ""
         if self.value is not NOT_GIVEN:
-            sentence += f" {self.verb} {shortened(self.value)}" + "," * bool(reason)
+            sentence += f" {self.verb} {shortened(self.value)}"
+            sentence += "," if reason else ""
         allowed = f"; allowed: {self.allowed}" if self.allowed else ""
         hint = f" Did you mean {self.closest!r}?" if self.closest else ""
         return f"{sentence}{reason}{allowed}.{hint}"
@@ -401,7 +402,8 @@ def _as_tuple(value: Any, hint: Any) -> tuple:
     if len(kinds) != len(value):
         raise _wrong_type(value, hint)
     pairs = enumerate(zip(value, kinds))
-    return tuple(convert(item, kind, f"[{i}]") for i, (item, kind) in pairs)
+    converted = [convert(item, kind, f"[{i}]") for i, (item, kind) in pairs]
+    return tuple(converted)
 
 
 _UNIONS = (typing.Union, types.UnionType)

@@ -294,8 +294,8 @@ def build_problem(
     """
     streamed = isinstance(dataset.train.images, data.Stream)
     if streamed:
-        looked_at = [data.Split(data.look_at(split.images), None) for split in dataset[1:3]]
-        dataset = dataset._replace(train=looked_at[0], test=looked_at[1])
+        train, test = (data.look_at(split.images) for split in dataset[1:3])
+        dataset = dataset._replace(train=data.Split(train, None), test=data.Split(test, None))
     devices = local_devices()[: mesh or None]
     grid = Mesh(np.array(devices), ("batch",)) if len(devices) > 1 else None
     problem = Problem(

@@ -36,7 +36,8 @@ def run_all(
         own_config = _config_of(plan, config)
         workdirs.claim(folder, own_config)
         swept = "; ".join(members.told(member.swept) for member in plan.members)
-        say(f"{plan.name} ({first + 1} of {number}): {swept}")
+        place = f"{first + 1} of {number}"
+        say(f"{plan.name} ({place}): {swept}")
         try:
             state, new = run_plan(plan, folder, own_config)
         except NonFiniteLossError as error:

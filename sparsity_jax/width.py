@@ -458,7 +458,8 @@ def absolute_enclosure(
     the given moments.
     """
     probes = linops.probes_of(tridiagonal)
-    largest = max(np.abs(linops.ritz(probe)[0]).max() for probe in probes)
+    nodes = [linops.ritz(probe)[0] for probe in probes]
+    largest = max(np.abs(values).max() for values in nodes)
     slack = rounding * largest
 
     def solve(border_of: Callable, slack: float) -> float:

@@ -143,7 +143,8 @@ def read(folder: Path) -> Snapshot:
 def _is_record(saved: Fields) -> bool:
     """Whether JSON data has the fields that a checkpoint's progress has."""
     fields = dict(stage=int, begun=bool, rows=list, config=dict)
-    if not all(isinstance(saved.get(name), kind) for name, kind in fields.items()):
+    fits = (isinstance(saved.get(name), kind) for name, kind in fields.items())
+    if not all(fits):
         return False
     rows_are_dicts = all(isinstance(row, dict) for row in saved["rows"])
     return rows_are_dicts and isinstance(saved["config"].get("pipeline", []), list)

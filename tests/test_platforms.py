@@ -208,3 +208,22 @@ def test_a_program_is_compiled_for_each_way():
     assert answers == [1, 2, 1, 2]
     with platforms.using(None):
         assert float(platforms.per_platform(ask, jnp.zeros(()))) == 1  # on the CPU of the tests
+
+
+@pytest.mark.parametrize("own", WAYS)
+def test_inside_shard_map_on_one_device(own, monkeypatch):
+    """Where arrays vary between devices, nothing is packed with constants."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    automatic = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((1,), ("x",), axis_types=automatic)
+    spec = jax.sharding.PartitionSpec("x")
+
+    def select(scores):
+        norm = trees.norms([scores])[0]
+        return masks.k_largest_mask(scores, 17) & (norm > 0)
+
+    rows = jnp.asarray(np.random.default_rng(7).normal(size=(3, 8, 50)), jnp.float32)
+    assert platforms.one_device()
+    with platforms.using(own):
+        kept = jax.jit(jax.vmap(jax.shard_map(select, mesh=mesh, in_specs=spec, out_specs=spec)))
+        assert kept(rows).sum((1, 2)).tolist() == [17, 17, 17]

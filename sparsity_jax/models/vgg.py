@@ -16,7 +16,12 @@ Order = Literal["conv_bn_relu", "conv_relu_bn"]
 
 # Convolutions in each of the five stages; a stage has 1, 2, 4, 8, 8 times the base width and ends
 # in a max-pool.
-_DEPTHS = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
+_DEPTHS = {
+    11: (1, 1, 2, 2, 2),
+    13: (2, 2, 2, 2, 2),
+    16: (2, 2, 3, 3, 3),
+    19: (2, 2, 4, 4, 4),
+}
 
 
 def stages(depth: int, width: int) -> Layout:

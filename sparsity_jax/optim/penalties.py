@@ -197,7 +197,9 @@ def _check_descent(inner: Transformation, units: PyTree, rate: Any, momentum: An
     if rate is None:
         return
     first, last = small[small.any(1)][[0, -1]].max(1)
-    if not min(abs(first - rate), abs(last * (1 - momentum) - rate)) <= 0.02 * rate:
+    at_first = abs(first - rate)
+    in_the_end = abs(last * (1 - momentum) - rate)
+    if not min(at_first, in_the_end) <= 0.02 * rate:
         raise ValueError(
             f"proximal_l1: learning_rate={rate} and momentum={momentum}, but the first step of "
             f"the inner optimizer is {first:.3g} times the gradient, and {last:.3g} times in the "

@@ -100,8 +100,12 @@ def accumulators(params: PyTree, dtype: Any = None) -> PyTree:
     dtype: of these; by default that of the array, but at least float32, where small terms still
         count after many steps.
     """
-    wide = lambda w: jnp.promote_types(w.dtype, jnp.float32) if dtype is None else jnp.dtype(dtype)
-    return tree_map(lambda w: jnp.zeros_like(w, dtype=wide(w)), params)
+
+    def zeros(w: Array) -> Array:
+        own = jnp.promote_types(w.dtype, jnp.float32)
+        return jnp.zeros_like(w, dtype=own if dtype is None else dtype)
+
+    return tree_map(zeros, params)
 
 
 class HeavyBallState(NamedTuple):

@@ -145,7 +145,8 @@ def project_k_sparse(sets: Sequence[KSparse], points: Sequence[Array]) -> list[A
     """`project` of each point onto its set; on an accelerator they are searched together."""
     wide = [widen(x) for x in points]
     radii = [jnp.asarray(s.radius, x.dtype) for s, x in zip(sets, wide)]
-    budgets = [s.support(x.size) * radius for s, x, radius in zip(sets, wide, radii)]
+    counts = [s.support(x.size) for s, x in zip(sets, wide)]
+    budgets = [count * radius for count, radius in zip(counts, radii)]
     nearest = inside.nearest_k_sparse(wide, budgets, radii)
     return [narrow(inner, x.dtype) for inner, x in zip(nearest, points)]
 

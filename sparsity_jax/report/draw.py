@@ -111,7 +111,10 @@ def _literal(text: str, limit: int = 60) -> str:
 def short_paths(paths: Sequence[str], *, limit: int = 34) -> list[str]:
     """Paths without the first parts that all share; long ones lose their beginning."""
     split = [path.removesuffix("/kernel").split("/") for path in paths]
-    while all(len(parts) > 1 for parts in split) and len({parts[0] for parts in split}) == 1:
+    while all(len(parts) > 1 for parts in split):
+        firsts = {parts[0] for parts in split}
+        if len(firsts) != 1:
+            break
         split = [parts[1:] for parts in split]
     names = []
     for parts in split:
@@ -148,7 +151,9 @@ def means(shown: Frame) -> Frame:
     values = last.groupby(place, sort=False)["y"]
     table = values.agg(y="mean", std="std", least="min").reset_index()
     low = table["y"] - table["std"]
-    return table.assign(low=low.clip(lower=table["least"]), high=table["y"] + table["std"])
+    low = low.clip(lower=table["least"])
+    high = table["y"] + table["std"]
+    return table.assign(low=low, high=high)
 
 
 def chart(
@@ -212,11 +217,11 @@ def _draw_line(axes: Axes, line: Frame, hue: int, dash: int) -> None:
     """Draws one line, with dots, and its band; the first colour lies on top."""
     paint: Any = dict(color=color(hue), zorder=3 - hue / 100)
     every = len(line) // 20 + 1
-    axes.plot(
-        line["x"], line["y"], _DASHES[dash % len(_DASHES)], marker=".", markevery=every, **paint
-    )
+    style = _DASHES[dash % len(_DASHES)]
+    x = line["x"]
+    axes.plot(x, line["y"], style, marker=".", markevery=every, **paint)
     if line["low"].notna().any():
-        axes.fill_between(line["x"], line["low"], line["high"], alpha=0.15, lw=0, **paint)
+        axes.fill_between(x, line["low"], line["high"], alpha=0.15, lw=0, **paint)
 
 
 def _scale(axes: Axes, what: str) -> None:

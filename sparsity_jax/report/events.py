@@ -88,7 +88,9 @@ class Writer:
 
         self._members |= {row.get("member", 0) for row in rows}
         for row in rows:
-            ending = f"/member_{row.get('member', 0)}" if len(self._members) > 1 else ""
+            ending = ""
+            if len(self._members) > 1:
+                ending = f"/member_{row.get('member', 0)}"
             tags, step = scalars(row)
             summary = Summary()
             for tag, value in tags.items():

@@ -28,7 +28,9 @@ def _growths(grouped: Grouped) -> dict[str, Rows]:
         places = {place_of(row) for row in rows}
         for row in rows:
             stage, visit = place_of(row)
-            label = f"{one.label}, {stage} {visit}" if len(places) > 1 else one.label
+            label = one.label
+            if len(places) > 1:
+                label = f"{label}, {stage} {visit}"
             by_label.setdefault(label, []).append(row)
     return dict(list(by_label.items())[:_MOST])
 

@@ -62,7 +62,8 @@ def layers(grouped: Grouped) -> Shown:
     maps = {}
     curves = series.best_known_curves(grouped)
     for (index, variant), curve in curves.groupby(["series", "variant"]):
-        shares = pd.DataFrame([row.get("layers") or {} for row in curve["row"]], dtype=float)
+        of_layers = [row.get("layers") or {} for row in curve["row"]]
+        shares = pd.DataFrame(of_layers, dtype=float)
         by_ratio = shares.groupby(curve["removed"].to_numpy()).mean()
         columns = {stop: series.at_ratio(by_ratio, stop) for stop in _LAYER_STOPS}
         known = pd.DataFrame(columns).dropna(axis="columns", how="all")

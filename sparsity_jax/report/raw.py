@@ -31,7 +31,8 @@ def pruned(grouped: Grouped) -> Shown:
 def unknown(grouped: Grouped, kind: str) -> Shown:
     """Rows of a kind that no figure shows, as they are."""
     note = f"No figure here shows rows of {kind}. One of your own comes with --import FILE."
-    return _section(f"Rows of {kind}", grouped, lambda row: str(row.get("kind")) == kind, note)
+    is_meant = lambda row: str(row.get("kind")) == kind
+    return _section(f"Rows of {kind}", grouped, is_meant, note)
 
 
 def _section(heading: str, grouped: Grouped, told: Callable[[Row], bool], note: str = "") -> Shown:

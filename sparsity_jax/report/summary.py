@@ -168,7 +168,10 @@ def summary(grouped: Grouped) -> Shown:
     if not lines:
         return None
     heads: list[Cell] = [Cell("network")]
-    rows: list[list[Cell]] = [[Cell(line.label, line.variant, color=line.series)] for line in lines]
+    rows = []
+    for line in lines:
+        first = Cell(line.label, line.variant, color=line.series)
+        rows.append([first])
     notes = _notes_of(lines)
     for name, column in _COLUMNS.items():
         if not any(name in line.cells for line in lines):
