@@ -2,6 +2,7 @@
 for mistakes.
 """
 
+import gc
 import json
 import os
 import signal
@@ -164,6 +165,16 @@ def test_a_signal_before_anything_runs_is_heard_once_all_is_imported(tmp_path):
         f"interrupted: the same command continues {tmp_path / 'run'}\n",
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_objects_of_tracing_are_looked_at_a_few_times_only():
+    before = gc.get_threshold()
+    gc.set_threshold(700, 10, 10)
+    try:
+        run.collect_rarely()
+        assert gc.get_threshold()[0] > 100_000
+    finally:
+        gc.set_threshold(*before)
 
 
 def test_a_full_disk_is_two_lines(tmp_path):
