@@ -12,7 +12,7 @@ import optax
 import pytest
 from hypothesis import strategies as st
 
-from sparsity_jax import masks, optim, platforms, polytopes, trees
+from sparsity_jax import growing, masks, optim, platforms, polytopes, trees
 
 WAYS = ("in turn", "together")
 SHAPES = ((40,), (3, 4, 5, 6), (9000,), (1,), (4096,), (70, 70))
@@ -179,6 +179,15 @@ def test_a_gpu_meets_few_loops_and_branches_however_many_arrays(name):
     two = OPTIMIZERS[name]({path: sets[path] for path in "ab"})
     assert many == controls(lambda g, s: two.update(g, s, few)[0], few, two.init(few))
     assert many <= 12
+
+
+@pytest.mark.parametrize("granularity", ["filter", "weight"])
+def test_growing_penalties_meet_few_too(granularity):
+    params = {f"{i}/kernel": jnp.full((8, i), 0.1) for i in range(2, 8)}
+    layers = growing.layers(params, dict.fromkeys(params, 0.5), granularity)
+    tx = growing.growing_l2(layers, method="greg2", update_every=5)
+    update = lambda grads, state: tx.update(grads, state, params)[0]
+    assert 0 < controls(update, params, tx.init(params)) <= 12
 
 
 @pytest.mark.usefixtures("eight_devices")
