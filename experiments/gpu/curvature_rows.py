@@ -59,9 +59,15 @@ def _against_float64() -> timing.Row:
 
 def _distance(found: PyTree, exact: PyTree) -> float:
     """|found - exact| / |exact|."""
-    flat = lambda tree: np.concatenate([np.ravel(x).astype(np.float64) for x in tree])
-    first, second = flat(jax.tree.leaves(found)), flat(jax.tree.leaves(exact))
+    first = _flat(found)
+    second = _flat(exact)
     return float(np.linalg.norm(first - second) / np.linalg.norm(second))
+
+
+def _flat(tree: PyTree) -> np.ndarray:
+    """All entries of a tree of arrays in float64."""
+    leaves = jax.tree.leaves(jax.device_get(tree))
+    return np.concatenate([np.ravel(leaf).astype(np.float64) for leaf in leaves])
 
 
 def _of_products(loss: Callable, params: PyTree, batch: Any) -> Iterator[timing.Row]:
@@ -105,12 +111,11 @@ def _direction(params: PyTree, seed: int) -> PyTree:
 
 def _asymmetry(product: Callable, params: PyTree, batch: Any, v: PyTree, w: PyTree) -> float:
     """|wHv - vHw| / (|w| |Hv|)."""
-    hv, hw = (jax.device_get(product(params, batch, u)) for u in (v, w))
-    flat = lambda tree: np.concatenate(
-        [np.ravel(jax.device_get(x)).astype(np.float64) for x in jax.tree.leaves(tree)]
+    first, second, with_first, with_second = (
+        _flat(tree) for tree in (v, w, product(params, batch, v), product(params, batch, w))
     )
-    difference = flat(w) @ flat(hv) - flat(v) @ flat(hw)
-    return abs(float(difference)) / (np.linalg.norm(flat(w)) * np.linalg.norm(flat(hv)))
+    difference = second @ with_first - first @ with_second
+    return abs(float(difference)) / (np.linalg.norm(second) * np.linalg.norm(with_first))
 
 
 def _of_lanczos(loss: Callable, params: PyTree, batch: Any, *, small: bool) -> Iterator[timing.Row]:
