@@ -170,6 +170,15 @@ def test_tie_of_a_factor_to_its_product_freezes_the_rest():
     assert made.is_live(np.array([a]))
 
 
+def test_tie_of_products_of_different_length_freezes_nothing():
+    """The last factor of the shorter becomes the product of what is left over."""
+    made = labels.Labels()
+    factors = [made.fresh(1) for _ in range(5)]
+    made.tie(made.merge(factors[:2]), made.merge(factors[2:]))
+    parts = made.parts(made.find(np.concatenate(factors)))
+    assert_array_equal(np.count_nonzero(parts, 1), [1, 2, 1, 1, 1])
+
+
 def test_a_label_may_become_a_product():
     made, (rows, columns, *_), truth = fresh()
     flat = made.fresh(6)
