@@ -131,10 +131,11 @@ def llama(at: Sizes) -> Network:
 def vit(at: Sizes) -> Network:
     """A ViT for images of 224 pixels, in patches of 16, with biases."""
     row = functools.partial(weights, at.width)
+    size = at.width // at.heads
     layer = dict(
         norm=dict(scale=row(), bias=row()),
-        qkv=dict(kernel=row(3, at.heads, at.width // at.heads), bias=weights(3, at.heads, 1)),
-        out=dict(kernel=weights(at.heads, at.width // at.heads, at.width), bias=row()),
+        qkv=dict(kernel=row(3, at.heads, size), bias=weights(3, at.heads, size)),
+        out=dict(kernel=weights(at.heads, size, at.width), bias=row()),
         mlp_norm=dict(scale=row(), bias=row()),
         up=dict(kernel=row(at.hidden), bias=weights(at.hidden)),
         down=dict(kernel=weights(at.hidden, at.width), bias=row()),

@@ -262,6 +262,9 @@ class Labels:
         if pairs.all() and not self._number[pairs[0]].any() and self._at_once(pairs):
             return pairs  # none of these labels is in the set that it becomes
         few, many = self._differences(first, second)
+        forced = few.any(1) & (np.count_nonzero(many, 1) == 1)
+        if forced.any():  # equal in any order, so that a label may have several partners
+            return np.stack([few[forced, 0], many[forced, 0]])
         columns = np.arange(few.shape[1])
         last = np.count_nonzero(few, 1, keepdims=True) - 1
         rest = self._name(np.where(columns >= last, many, FROZEN))
