@@ -25,7 +25,9 @@ import numpy as np
 
 from sparsity_jax import tables, trees
 from sparsity_jax.channels import execute, rules, walk
-from sparsity_jax.types import Arrays, Fields, Paths, PyTree
+from sparsity_jax.channels.labels import FROZEN
+from sparsity_jax.channels.values import Place
+from sparsity_jax.types import Arrays, Fields, PyTree
 
 __all__ = [
     "Branches",
@@ -117,11 +119,11 @@ class Channels(NamedTuple):
 
     def alive(self, keep: Keep) -> execute.Alive:
         """Which entries of the program stay; raises as `complete` does. keep: not traced."""
-        removed: set[int] = set()
+        removed = np.zeros(self.walked.labels.num, bool)
         for name, kept in complete(self, keep).items():
             gone = ~np.asarray(kept)
             labels = self.groups[name].labels[gone]
-            removed.update(labels.tolist())
+            removed[labels] = True
         return execute.Alive(self.walked.labels, removed)
 
 
@@ -225,48 +227,81 @@ def _find_groups(channels: Channels) -> None:
     Groups and their members are in the order in which the program uses them.
     """
     walked = channels.walked
-    used = channels.used
-    entries = _entries(channels)
+    used = set(channels.used)
+    paths = {path: number for number, path in enumerate(channels.shapes)}
+    places, (labels, numbers, positions) = _entries(channels)
+    starts = np.flatnonzero(np.diff(labels, prepend=FROZEN))
+    sizes = np.diff(starts, append=len(labels))
+    axes = walked.labels.axis_of(labels[starts])
     alike = collections.defaultdict(list)
-    for label, places in entries.items():
-        copies = tuple((place, len(positions)) for place, positions in places.items())
-        alike[copies, walked.labels.axis_of(label)].append(label)
-    for labels in alike.values():
-        places = entries[labels[0]]
-        if len(labels) < 2 or not any(path in used for path, _ in places):
+    for run in _runs(numbers, starts, sizes, axes):
+        copies = numbers[starts[run[0]] :][: sizes[run[0]]]
+        alike[copies.tobytes(), axes[run[0]]].extend(starts[run].tolist())
+    for (buffer, _), found in alike.items():
+        copies = np.frombuffer(buffer, int)
+        own, first = np.unique(copies, return_index=True)
+        if len(found) < 2 or not any(places[number][0] in used for number in own):
             continue
+        rows = np.array(found)
+        entries = np.add.outer(rows, np.arange(len(copies)))
+        indices = np.split(positions[entries], first[1:], 1)
         members = []
-        for place in places:
-            index = np.array([entries[label][place] for label in labels])
-            role = walked.roles.get(place, "other")
+        for number, index in zip(own, indices):
+            place = places[number]
             path, axis = place
+            role = walked.roles.get(place, "other")
             member = Member(path, axis, index, role, place in walked.exposed)
             members.append(member)
-        names = _names(members, list(channels.shapes))
+        names = _names(members, paths)
         name = next(name for name in names if name not in channels.groups)
-        row = np.array(labels)
-        channels.groups[name] = Group(name, row.size, tuple(members), row)
+        channels.groups[name] = Group(name, len(rows), tuple(members), labels[rows])
 
 
-def _entries(channels: Channels) -> dict:
-    """By label and place (path, axis) in the variables: the positions that die with the label."""
+def _runs(
+    numbers: np.ndarray, starts: np.ndarray, sizes: np.ndarray, axes: np.ndarray
+) -> Iterable[np.ndarray]:
+    """Neighbours among labels that are of one axis and have entries in the same places."""
+    before = np.arange(len(numbers)) - np.repeat(sizes, sizes)  # the same entry of the one before
+    same = np.logical_and.reduceat(numbers == numbers[before], starts)
+    same &= np.diff(sizes, prepend=0) == 0
+    same &= np.diff(axes, prepend=-1) == 0
+    runs = np.split(np.arange(len(starts)), np.flatnonzero(~same))
+    return filter(len, runs)
+
+
+def _entries(channels: Channels) -> tuple[list[Place], np.ndarray]:
+    """Places (path, axis) in the variables, and int [3, num]: what dies with each simple label.
+
+    Columns: a label, the number of a place, a position there. Labels are in the order in which they
+    first occur, the columns of each in that of places and positions.
+    """
     labels = channels.walked.labels
     inputs = channels.inputs
-    entries: dict = collections.defaultdict(lambda: collections.defaultdict(list))
+    places: list[Place] = []
+    columns = [np.zeros((3, 0), int)]
     for path in dict.fromkeys((*channels.used, *inputs)):
         for a, axis in enumerate(inputs[path].axes):
-            roots = labels.find(axis.labels)
-            for position, root in enumerate(roots.tolist()):
-                for label in labels.parts(root):
-                    entries[label][path, a].append(position)
-    return entries
+            parts = labels.parts(labels.find(axis.labels))
+            positions, which = np.nonzero(parts)
+            numbers = np.full(len(positions), len(places))
+            columns.append(np.stack([parts[positions, which], numbers, positions]))
+            places.append((path, a))
+    entries = np.concatenate(columns, 1)
+    backwards = np.arange(entries.shape[1])[::-1]
+    first = np.zeros(labels.num, int)  # of all assignments the last counts
+    first[entries[0, backwards]] = backwards
+    order = np.argsort(first[entries[0]], kind="stable")
+    return places, entries[:, order]
 
 
-def _names(members: list[Member], paths: Paths) -> Iterator[str]:
-    """Path of the first array that makes the channels, without `kernel`, and longer names."""
+def _names(members: list[Member], paths: Mapping[str, int]) -> Iterator[str]:
+    """Path of the first array that makes the channels, without `kernel`, and longer names.
+
+    paths: of all variables, with their numbers.
+    """
 
     def rank(member: Member) -> tuple:
-        return _ROLES.index(member.role), paths.index(member.path)
+        return _ROLES.index(member.role), paths[member.path]
 
     first = min(members, key=rank)
     name = first.path
@@ -282,7 +317,7 @@ def _names(members: list[Member], paths: Paths) -> Iterator[str]:
 def _left(channels: Channels) -> Iterator[walk.Frozen]:
     """The axes that nothing froze but that are in no group."""
     grouped = {(member.path, member.axis) for _, member in channels.members}
-    used = channels.used
+    used = set(channels.used)
     labels = channels.walked.labels
     left = collections.defaultdict(list)
     for path, value in channels.inputs.items():
@@ -514,7 +549,7 @@ def _content(channels: Channels) -> list:
     """What makes groups equal, whatever the order in which the function uses their arrays."""
     content = []
     for name, (path, axis, index, *_) in channels.members:
-        content.append((name, path, axis, index.tolist()))
+        content.append((name, path, axis, index.shape, index.tobytes()))
     return sorted(content)
 
 

@@ -17,7 +17,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from test_models import TINY
 
 from sparsity_jax import groups, models, trees
-from sparsity_jax.channels import rules
+from sparsity_jax.channels import labels, rules
 
 # Sizes of the groups of `TINY`, in any order. A residual sum is one group; a zero_pad shortcut
 # leaves the channels it pads to a group of their own.
@@ -190,6 +190,41 @@ def test_any_keep_pattern(data):
     apply, variables, inputs = network(name)
     small = compare(apply, variables, inputs, channels, keep)
     assert trees.size(small) <= trees.size(variables)
+
+
+def deep(depth):
+    """A transformer of so many layers: heads split and merged, and frozen where softmax sums."""
+    width, heads, shape = 12, 3, jax.ShapeDtypeStruct
+    kernels = dict(qkv=shape((width, 3 * width), float), out=shape((width, width), float))
+
+    def apply(layers, x):
+        for layer in layers:
+            qkv = jnp.split(foreign.rms_norm(x, 1.0) @ layer["qkv"], 3, -1)
+            q, k, v = (part.reshape(*x.shape[:2], heads, -1) for part in qkv)
+            weights = jax.nn.softmax(jnp.einsum("bthd,bshd->bhts", q, k))
+            mixed = jnp.einsum("bhts,bshd->bthd", weights, v)
+            x = x + mixed.reshape(x.shape) @ layer["out"]
+        return x
+
+    return apply, [kernels] * depth, shape((1, 5, width), float)
+
+
+def test_work_is_linear_in_depth(monkeypatch):
+    """Twice the layers more, twice the labels more that are looked up."""
+    sizes = []
+    find = labels.Labels.find
+
+    def counted(self, entries):
+        sizes.append(entries.size)
+        return find(self, entries)
+
+    monkeypatch.setattr(labels.Labels, "find", counted)
+    totals = []
+    for depth in (4, 8, 16):
+        sizes.clear()
+        assert len(groups.trace(*deep(depth)).groups) >= depth
+        totals.append(sum(sizes))
+    assert totals[2] - totals[1] <= 2.1 * (totals[1] - totals[0])
 
 
 # What the data says

@@ -24,15 +24,14 @@ class Truth:
 
     def removals(self, *axes):
         """All ways to remove entries of some axes: a set of tuples of tuples of bools."""
-        found = [self.of.find(axis) for axis in axes]
-        atoms = sorted(
-            {part for axis in found for label in axis.tolist() for part in self.of.parts(label)}
-        )
+        parts = [self.of.parts(self.of.find(axis)) for axis in axes]
+        sets = [[{*row} - {labels.FROZEN} for row in rows.tolist()] for rows in parts]
+        atoms = sorted(set().union(*itertools.chain(*sets)))
         ways = set()
         for count in range(len(atoms) + 1):
             for gone in itertools.combinations(atoms, count):
-                dead = lambda label, gone=gone: not set(gone).isdisjoint(self.of.parts(label))
-                ways.add(tuple(tuple(map(dead, axis.tolist())) for axis in found))
+                dies = lambda parts, gone=gone: not parts.isdisjoint(gone)
+                ways.add(tuple(tuple(map(dies, axis)) for axis in sets))
         return ways
 
 
@@ -171,11 +170,20 @@ def test_tie_of_a_factor_to_its_product_freezes_the_rest():
     assert made.is_live(np.array([a]))
 
 
+def test_tie_of_products_of_different_length_freezes_nothing():
+    """The last factor of the shorter becomes the product of what is left over."""
+    made = labels.Labels()
+    factors = [made.fresh(1) for _ in range(5)]
+    made.tie(made.merge(factors[:2]), made.merge(factors[2:]))
+    parts = made.parts(made.find(np.concatenate(factors)))
+    assert_array_equal(np.count_nonzero(parts, 1), [1, 2, 1, 1, 1])
+
+
 def test_a_label_may_become_a_product():
     made, (rows, columns, *_), truth = fresh()
     flat = made.fresh(6)
     made.tie(flat, made.merge([rows, columns]))
-    assert made.parts(int(made.find(flat[:1])[0])) == (rows[0], columns[0])
+    assert_array_equal(made.parts(made.find(flat[:1])), [[rows[0], columns[0]]])
     assert len(truth.removals(flat)) == len(truth.removals(rows, columns)) - (2**3 - 1) - (
         2**2 - 1
     )  # all gone at once
@@ -206,7 +214,7 @@ def test_copies_do_not_touch_each_other():
 def test_labels_tell_the_axis_they_were_made_for():
     made = labels.Labels()
     first, second = made.split(made.fresh(6), (3, 2))
-    (of_first,), (of_second,) = ({*map(made.axis_of, axis.tolist())} for axis in (first, second))
+    (of_first,), (of_second,) = map(np.unique, map(made.axis_of, (first, second)))
     assert of_first != of_second
 
 
@@ -216,10 +224,22 @@ def test_many_ties_at_once():
     axis = made.fresh(2000)
     made.tie(axis[:-1], axis[1:])
     assert set(made.find(axis).tolist()) == {int(axis[0])}
-    before = made.freezes
     made.tie(np.array([labels.FROZEN]), axis[-1:])
-    assert made.freezes > before
     assert not made.is_live(axis)
+
+
+def test_dates_tell_when_entries_were_frozen():
+    """Of a product: when the last of its factors was."""
+    made, (rows, columns, others, _), _ = fresh()
+    product = made.merge([rows, columns])
+    made.tie(rows, others[:3])
+    steps = (others[:1], columns, rows[1:2])
+    for made.date, gone in enumerate(steps, 1):
+        made.freeze(gone)
+    assert_array_equal(made.dates(rows), [1, 3, 0])
+    assert_array_equal(made.dates(others), [1, 3, 0, 0])
+    assert_array_equal(made.dates(product), [2, 2, 3, 3, 0, 0])
+    assert_array_equal(made.dates(np.zeros(2, int)), [0, 0])
 
 
 def test_nothing():

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsity_jax.channels.labels import Labels
+from sparsity_jax.channels.labels import Labels, with_room
 from sparsity_jax.channels.rules import Values
 from sparsity_jax.channels.values import Axis, Program, Value, is_literal, nowhere_zero
 from sparsity_jax.channels.walk import INNER, Walk, loop_operands
@@ -26,20 +26,18 @@ Arrays = Sequence
 
 
 class Alive(NamedTuple):
-    """Which labels live. removed: simple labels that die."""
+    """Which labels live. removed: bool by label, the simple ones that die."""
 
     labels: Labels
-    removed: set[int]
+    removed: np.ndarray
 
     def __call__(self, labels: np.ndarray) -> np.ndarray:
         """bool, of the labels' shape: the entries that stay."""
         if not labels.any():
             return np.ones(labels.shape, bool)
         roots = self.labels.find(labels)
-        unique, inverse = np.unique(roots, return_inverse=True)
-        parts = map(self.labels.parts, unique.tolist())
-        lives = np.array([self.removed.isdisjoint(labels) for labels in parts])
-        return lives[inverse].reshape(labels.shape)
+        parts = self.labels.parts(roots)
+        return ~self.removed[parts].any(-1)
 
     def shape(self, value: Value) -> Shape:
         return tuple(map(self.count, value.axes))
@@ -283,7 +281,8 @@ def _beside(alive: Alive, function: Callable, known: list, wanted: list, arrays:
     program = walk.closed(closed, known)
     for value, other in zip(walk.results(program), wanted, strict=True):
         walk.tie(value, other)
-    inside = Alive(walk.labels, alive.removed)
+    removed = with_room(alive.removed, walk.labels.num)
+    inside = Alive(walk.labels, removed)
     for value in (*known, *wanted):
         if inside.shape(value) != alive.shape(value):
             raise ValueError(

@@ -6,35 +6,42 @@ of them: entry (i, j) of two axes merged into one dies with i or with j. Arrays 
 written to: axes may share them.
 """
 
-import bisect
 import copy
 import itertools
 import math
-from typing import Any
 
 import numpy as np
 
 from sparsity_jax.types import Shape
 
-__all__ = ["FROZEN", "MOST", "Labels", "Row"]
+__all__ = ["FROZEN", "MOST", "Labels", "Pairs", "Row", "with_room"]
 
 Row = np.ndarray  # int: the labels of entries, one after the other
+Pairs = np.ndarray  # int [2, num]: labels, and one other for each
 
 FROZEN = 0
 MOST = 2**18  # composite labels that one merge may make; a larger product is frozen
 
 
 class Labels:
-    """A partition of labels that only gets coarser: ties unite, freezing unites with FROZEN."""
+    """A partition of labels that only gets coarser: ties unite, freezing unites with FROZEN.
+
+    A forest, of which all labels of a class are a tree; all work is on arrays. A set of labels is a
+    row of them in order, filled with FROZEN, which adds nothing to a set, in front.
+
+    num: of labels, FROZEN included.
+    date: of what is frozen next; whoever asks for `dates` counts it up.
+    """
 
     def __init__(self) -> None:
-        self._num = 1
-        self._parent = np.zeros(1024, int)  # of every label; of a representative, the label itself
-        self._composite = np.zeros(1024, bool)
-        self._sets: dict[int, Shape] = {}  # of composite labels: the simple ones inside
-        self._names: dict[Shape, int] = {}
+        self.date = 1
+        self.num = 1
+        self._parent = np.zeros(1024, int)  # of every label; of a root, the label itself
+        self._dates = np.zeros(1024, int)  # of every root: when it was frozen, 0 if it was not
+        self._number = np.zeros(1024, int)  # of every composite label: its row in `_sets`
+        self._sets = np.zeros((1024, 1), int)  # the simple labels inside; row 0 is of no label
+        self._names: dict[int, int] = {}  # composite labels by what they are made from
         self._starts: list[int] = []  # the first label of each axis that has new ones
-        self.freezes = 0  # grows whenever something is frozen
 
     def copy(self) -> "Labels":
         other = Labels()
@@ -44,40 +51,34 @@ class Labels:
 
     def fresh(self, num: int) -> Row:
         """`num` new labels, of one axis."""
-        self._starts.append(self._num)
-        labels = np.arange(self._num, self._num + num)
-        self._num += num
-        if self._num > len(self._parent):
-            room = 2 * self._num
-            self._parent.resize(room, refcheck=False)
-            self._composite.resize(room, refcheck=False)
+        self._starts.append(self.num)
+        labels = np.arange(self.num, self.num + num)
+        self.num += num
+        self._parent = with_room(self._parent, self.num)
+        self._dates = with_room(self._dates, self.num)
+        self._number = with_room(self._number, self.num)
         self._parent[labels] = labels
         return labels
 
     def find(self, labels: Row) -> Row:
         """The representative of every label."""
-        roots = self._parent[labels]
-        above = self._parent[roots]
-        while not np.array_equal(above, roots):
-            roots = above
-            above = self._parent[roots]
-        self._parent[labels] = roots
-        composite = self._composite[roots]
-        if composite.any():  # their parts may have been united, replaced or frozen
-            unique, inverse = np.unique(roots[composite], return_inverse=True)
-            renewed = np.array(list(map(self._find, unique.tolist())))
-            roots[composite] = renewed[inverse]
-        return roots
+        roots = self._roots(labels)
+        return np.where(self._dates[roots], FROZEN, roots)
 
-    def parts(self, label: int) -> Shape:
-        """The simple labels that a representative dies with; none for FROZEN."""
-        if label == FROZEN:
-            return ()
-        return self._sets.get(label, (label,))
+    def dates(self, labels: Row) -> Row:
+        """When each label was frozen; 0 if it was not, or is FROZEN itself."""
+        return self._dates[self._roots(labels)]
 
-    def axis_of(self, label: int) -> int:
-        """The number of the axis that the label was made for."""
-        return bisect.bisect(self._starts, label)
+    def parts(self, labels: Row) -> np.ndarray:
+        """int [..., parts]: the simple labels that each representative dies with."""
+        numbers = self._number[labels]
+        parts = self._sets[numbers]
+        parts[..., -1] += np.where(numbers, FROZEN, labels)
+        return parts
+
+    def axis_of(self, labels: Row) -> Row:
+        """The number of the axis that each label was made for."""
+        return np.searchsorted(self._starts, labels, "right")
 
     def is_live(self, labels: Row) -> bool:
         """Whether any of them can die."""
@@ -85,24 +86,27 @@ class Labels:
 
     def freeze(self, labels: Row) -> bool:
         """None of them may die; returns whether any could."""
-        roots = np.unique(self.find(labels))
-        parts = set(itertools.chain(*map(self.parts, roots.tolist())))
-        if parts:
-            self._unite(list(parts), FROZEN)
-        return bool(parts)
+        parts = self.parts(self.find(labels))
+        live = parts[parts != FROZEN]
+        self._dates[live] = self.date
+        return live.size > 0
 
     def tie(self, first: Row, second: Row) -> None:
         """Entry i of one dies exactly if entry i of the other does."""
-        while True:
-            pairs = self.find(np.stack([first, second]))
-            composite = self._composite[pairs].any(0)
-            different = (pairs[0] != pairs[1]) & ~composite
-            if not different.any():
-                break
-            low, high = np.sort(pairs[:, different], axis=0)
-            self._unite(high, low)  # of several partners of a label one; others in the next turn
-        for a, b in np.unique(pairs[:, composite], axis=1).T.tolist():
-            self._tie(a, b)
+        if first is second:
+            return
+        pairs = self._different(np.stack([first, second]))
+        simple = self._simple(pairs)
+        while simple.any():
+            self._unite(*pairs[:, simple])  # of several partners of a label one
+            pairs = self._different(pairs)  # the others have another turn
+            simple = self._simple(pairs)
+        if pairs.size:
+            pairs = _unique(pairs)
+        while pairs.size:
+            partners = self._partners(*pairs)
+            self._unite(*partners)
+            pairs = self._different(pairs)
 
     def merge(self, axes: list) -> Row:
         """Labels of the row-major product of several axes."""
@@ -133,67 +137,194 @@ class Labels:
             self.tie(labels, self.merge(axes))
         return axes
 
+    # Trees
+
+    def _roots(self, labels: Row) -> Row:
+        """The root of every label, frozen or not."""
+        roots = self._climb(labels)
+        composite = roots[(self._number[roots] > 0) & (self._dates[roots] == 0)]
+        if composite.size and self._renew(composite):
+            roots = self._climb(roots)
+        self._parent[labels] = roots
+        return roots
+
+    def _climb(self, labels: Row) -> Row:
+        roots = self._parent[labels]
+        above = self._parent[roots]
+        while not np.array_equal(above, roots):
+            roots = above
+            above = self._parent[roots]
+        return roots
+
+    def _renew(self, composite: Row) -> bool:
+        """Composite labels whose parts were united, replaced or frozen become what these are now;
+        returns whether there are any."""
+        sets = self.parts(composite)
+        parts = self.find(sets)
+        changed = (parts != sets).any(1)
+        if changed.any():
+            self._rename(composite[changed], sets[changed], parts[changed])
+        return bool(changed.any())
+
+    def _rename(self, composite: Row, sets: np.ndarray, found: np.ndarray) -> None:
+        """found: representatives of the parts in `sets`."""
+        parts = self.parts(found).reshape(len(found), -1)
+        names = self._name(parts)
+        live = names != FROZEN
+        self._parent[composite[live]] = names[live]
+        # a set is frozen with the last of its parts
+        last = self.dates(sets).max(1)
+        self._dates[composite[~live]] = last[~live]
+
+    def _unite(self, labels: Row, others: Row) -> None:
+        """labels: simple representatives; others: what each becomes."""
+        simple = self._number[others] == 0
+        low = np.where(simple, np.minimum(labels, others), others)
+        high = np.where(simple, np.maximum(labels, others), labels)
+        frozen = low == FROZEN
+        self._dates[high[frozen]] = self.date
+        self._parent[high[~frozen]] = low[~frozen]
+
+    # Sets
+
     def _product(self, first: Row, second: Row) -> Row:
         """Labels of all pairs of two rows of representatives, the second fastest."""
         rows, row = np.unique(first, return_inverse=True)
         columns, column = np.unique(second, return_inverse=True)
-        names = []
-        for a, b in itertools.product(rows.tolist(), columns.tolist()):
-            parts = {*self.parts(a), *self.parts(b)}
-            names.append(self._name(parts))
-        table = np.array(names, int).reshape(len(rows), len(columns))
+        of_rows = np.repeat(self.parts(rows), len(columns), 0)
+        of_columns = np.tile(self.parts(columns), (len(rows), 1))
+        names = self._name(np.column_stack([of_rows, of_columns]))
+        table = names.reshape(len(rows), len(columns))
         products = table[row][:, column]
         return products.ravel()
 
-    def _name(self, parts: set[int]) -> int:
-        """The label that dies with any of the simple, live labels `parts`."""
-        if len(parts) < 2:
-            return next(iter(parts), FROZEN)
-        key = tuple(sorted(parts))
-        if key not in self._names:
-            (name,) = self.fresh(1).tolist()
-            self._names[key] = name
-            self._sets[name] = key
-            self._composite[name] = True
-        return self._names[key]
+    def _name(self, sets: np.ndarray) -> Row:
+        """The label that dies with any of the simple, live labels of each row, in any order."""
+        sets = np.sort(sets, 1)
+        repeated = sets[:, 1:] == sets[:, :-1]
+        sets[:, 1:][repeated] = FROZEN
+        sets.sort(1)
+        names = np.zeros(len(sets), int)
+        for more in sets.T:
+            names = self._pair(names, more)
+        return names
 
-    def _find(self, label: int) -> int:
-        """`find` of one label."""
-        path = []
+    def _pair(self, names: Row, more: Row) -> Row:
+        """The label of each set with one label more, which is behind all others."""
+        larger = names != FROZEN
+        if not larger.any():
+            return more
+        keys = _packed(names[larger], more[larger])
+        keys, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+        known = map(self._names.get, keys.tolist(), itertools.repeat(FROZEN))
+        made = np.fromiter(known, int, len(keys))
+        new = np.flatnonzero(made == FROZEN)
+        if new.size:
+            new = new[np.argsort(first[new])]
+            made[new] = self._compose(*_unpacked(keys[new]))
+            self._names.update(zip(keys[new].tolist(), made[new].tolist()))
+        result = more.copy()
+        result[larger] = made[inverse]
+        return result
+
+    def _compose(self, names: Row, more: Row) -> Row:
+        """New labels of sets with one label more each."""
+        sets = np.column_stack([self.parts(names), more])
+        if sets[:, 0].any():
+            self._sets = np.pad(self._sets, ((0, 0), (1, 0)))
+        else:
+            sets = sets[:, 1:]
+        made = self.fresh(len(sets))
+        numbers = len(self._names) + 1 + np.arange(len(sets))
+        self._sets = with_room(self._sets, numbers[-1] + 1)
+        self._sets[numbers] = sets
+        self._number[made] = numbers
+        return made
+
+    def _different(self, pairs: Pairs) -> Pairs:
+        """Representatives of the pairs that differ."""
+        pairs = self.find(pairs)
+        return pairs[:, pairs[0] != pairs[1]]
+
+    def _simple(self, pairs: Pairs) -> np.ndarray:
+        """Whether neither of each pair is composite."""
+        return ~self._number[pairs].any(0)
+
+    def _partners(self, first: Row, second: Row) -> Pairs:
+        """Simple labels, and what each becomes, for pairs of sets that must be equal.
+
+        Labels that are in one set of a pair only are paired in order, the last with all that are
+        left over. Any pairing is sound: it ties more than needed, never less. Pairs that ask for
+        several partners of a label have another turn.
+        """
+        swapped = self._number[first] > 0
+        pairs = np.where(swapped, (second, first), (first, second))
+        if pairs.all() and not self._number[pairs[0]].any() and self._at_once(pairs):
+            return pairs  # none of these labels is in the set that it becomes
+        few, many = self._differences(first, second)
+        forced = few.any(1) & (np.count_nonzero(many, 1) == 1)
+        if forced.any():  # equal in any order, so that a label may have several partners
+            return np.stack([few[forced, 0], many[forced, 0]])
+        columns = np.arange(few.shape[1])
+        last = np.count_nonzero(few, 1, keepdims=True) - 1
+        rest = self._name(np.where(columns >= last, many, FROZEN))
+        others = np.where(columns == last, rest[:, None], many)
+        nothing = last < 0  # {x} against {x, y}: y may not die alone
+        labels = np.where(nothing, many, few)
+        others = np.where(nothing, FROZEN, others)
+        used = labels != FROZEN
+        count = len(labels)
         while True:
-            parent = int(self._parent[label])
-            if parent == label and label in self._sets:
-                simple = map(self._find, self._sets[label])
-                parts = itertools.chain(*map(self.parts, simple))
-                parent = self._name(set(parts))
-            if parent == label:
-                break
-            path.append(label)
-            label = parent
-        self._parent[path] = label
-        return label
+            now = used[:count]
+            pairs = _unique(np.stack([labels[:count][now], others[:count][now]]))
+            if count == 1 or self._at_once(pairs):
+                return pairs
+            count //= 2
 
-    def _unite(self, labels: Any, others: Any) -> None:
-        """labels: simple representatives; others: what each becomes."""
-        self._parent[labels] = others
-        if np.equal(others, FROZEN).any():
-            self.freezes += 1
+    def _differences(self, first: Row, second: Row) -> tuple[np.ndarray, np.ndarray]:
+        """What is in one set of each pair but not in the other; the smaller difference first."""
+        sets, others = self.parts(np.stack([first, second]))
+        equal = sets[:, :, None] == others[:, None]
+        differences = (
+            np.where(equal.any(2), FROZEN, sets),
+            np.where(equal.any(1), FROZEN, others),
+        )
+        ends = np.where(differences, differences, self.num)
+        of_first, of_second = np.sort(ends, -1) % self.num
+        sizes = np.count_nonzero(of_first, 1), np.count_nonzero(of_second, 1)
+        larger = np.greater(*sizes)[:, None]
+        few = np.where(larger, of_second, of_first)
+        many = np.where(larger, of_first, of_second)
+        return few, many
 
-    def _tie(self, first: int, second: int) -> None:
-        first = self._find(first)
-        second = self._find(second)
-        if first == second:
-            return
-        of_first = set(self.parts(first))
-        of_second = set(self.parts(second))
-        apart = (of_first - of_second, of_second - of_first)
-        few, many = map(sorted, sorted(apart, key=len))
-        if not few:  # {x} against {x, y}: y may not die alone
-            self._unite(many, FROZEN)
-            return
-        # Any pairing is sound: it ties more than needed, never less.
-        if len(few) < len(many):
-            rest = many[len(few) - 1 :]
-            self._unite([few.pop()], self._name(set(rest)))
-        for label, other in zip(few, many):
-            self._unite([max(label, other)], min(label, other))
+    def _at_once(self, pairs: Pairs) -> bool:
+        """Whether no label has two partners, nor is part of a label that another becomes."""
+        labels, others = pairs
+        composite = self._number[others] > 0
+        simple = others[~composite]
+        moved = np.concatenate([labels, simple[simple != FROZEN]])
+        parts = self.parts(others[composite])
+        return len(np.unique(moved)) == len(moved) and not np.isin(moved, parts).any()
+
+
+def with_room(array: np.ndarray, num: int) -> np.ndarray:
+    """The array with at least `num` rows."""
+    if num <= len(array):
+        return array
+    more = np.zeros((2 * num - len(array), *array.shape[1:]), array.dtype)
+    return np.concatenate([array, more])
+
+
+def _unique(pairs: Pairs) -> Pairs:
+    """The different ones of pairs of labels, in order."""
+    keys = np.unique(_packed(*pairs))
+    return np.stack(_unpacked(keys))
+
+
+def _packed(first: Row, second: Row) -> Row:
+    """One number per pair."""
+    return first << 32 | second
+
+
+def _unpacked(keys: Row) -> tuple[Row, Row]:
+    return keys >> 32, keys & 2**32 - 1

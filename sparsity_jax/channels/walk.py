@@ -36,6 +36,7 @@ device mesh keep it, so programs traced for explicitly sharded arrays should be 
 device.
 """
 
+import collections
 import contextlib
 import functools
 import itertools
@@ -48,7 +49,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsity_jax.channels.labels import FROZEN, Labels
+from sparsity_jax.channels.labels import Labels
 from sparsity_jax.channels.rules import RULES, Values, unknown
 from sparsity_jax.channels.values import (
     Axis,
@@ -126,14 +127,7 @@ class Walk:
         self.multiplied = Order()
         self._path: list = []  # the equation at work, after those it is inside of
         self._reason = ""
-        # all entries of axes of weights in one row
-        axes = [axis for value in inputs for axis in value.axes if axis.origin]
-        self._row = np.concatenate([fixed(0), *(axis.labels for axis in axes)])
-        self._places: list[Place] = []  # of each entry
-        for axis in axes:
-            self._places += axis.origin * axis.size
-        self._frozen = labels.find(self._row) == FROZEN
-        self._freezes = labels.freezes
+        self._events: list[tuple] = []  # those that are dates of `labels`, and where they were
 
     # For rules
 
@@ -204,22 +198,23 @@ class Walk:
         return self._read(program.values, program.jaxpr.outvars)
 
     def attribute(self, reason: str, primitive: str) -> None:
-        """Axes of inputs frozen since the last call are the doing of the equation at work."""
-        if self.labels.freezes > self._freezes:
-            frozen = self.labels.find(self._row) == FROZEN
-            fresh = frozen & ~self._frozen
-            places = dict.fromkeys(itertools.compress(self._places, fresh))
-            if places:
-                source = ""
-                for eqn in self._path:  # the innermost that is known
-                    stack = eqn.source_info.name_stack
-                    source = f"{stack} {line_of(eqn)}".strip() or source
-                reason = self._reason or reason
-                event = Frozen(reason, primitive, source, tuple(places))
-                self.events.append(event)
-            self._frozen = frozen
-            self._freezes = self.labels.freezes
+        """What is frozen since the last call is the doing of the equation at work."""
+        self._events.append((self._reason or reason, primitive, tuple(self._path)))
         self._reason = ""
+        self.labels.date = len(self._events) + 1
+
+    def find_events(self) -> None:
+        """Which axes of inputs each event froze, if any; once, at the end."""
+        frozen: dict = collections.defaultdict(dict)
+        for value in self.inputs:
+            for axis in value.axes:
+                if axis.origin:
+                    for date in np.unique(self.labels.dates(axis.labels)).tolist():
+                        frozen[date] |= dict.fromkeys(axis.origin)
+        for date, (reason, primitive, path) in enumerate(self._events, 1):
+            if date in frozen:
+                event = Frozen(reason, primitive, _source(path), tuple(frozen[date]))
+                self.events.append(event)
 
     def _array(self, array: Any) -> Value:
         """A constant of the program."""
@@ -336,6 +331,7 @@ def analyse(
         else:
             walk.freeze(result, "is an output")
     walk.attribute("is an output", "output")
+    walk.find_events()
     return walk
 
 
@@ -346,6 +342,15 @@ def read(function: Callable, *args: Any) -> Walk:
     """
     closed = jax.make_jaxpr(function)(*args)
     return analyse(closed, range(len(closed.jaxpr.invars)), whole=True)
+
+
+def _source(path: Sequence) -> str:
+    """Module path and line of the innermost of nested equations for which they are known."""
+    source = ""
+    for eqn in path:
+        stack = eqn.source_info.name_stack
+        source = f"{stack} {line_of(eqn)}".strip() or source
+    return source
 
 
 def line_of(eqn: Any) -> str:
