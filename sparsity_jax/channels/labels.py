@@ -73,7 +73,8 @@ class Labels:
         """int [..., parts]: the simple labels that each representative dies with."""
         numbers = self._number[labels]
         parts = self._sets[numbers]
-        parts[..., -1] += np.where(numbers, FROZEN, labels)
+        simple = np.where(numbers, FROZEN, labels)
+        parts[..., -1] += simple  # where row 0 has nothing
         return parts
 
     def axis_of(self, labels: Row) -> Row:
@@ -113,7 +114,8 @@ class Labels:
         live = list(filter(self.is_live, axes))
         size = math.prod(map(len, live))
         if len(live) > 1 and size > MOST:
-            self.freeze(np.concatenate(live))
+            every = np.concatenate(live)
+            self.freeze(every)
         merged = np.zeros(1, int)
         for axis in axes:
             merged = self._product(merged, self.find(axis))
@@ -129,12 +131,14 @@ class Labels:
             self.freeze(labels)  # all entries die at once, so none may
         elif len(varies) == 1:
             (i,) = varies
-            slices = np.moveaxis(grid, i, 0).reshape(shape[i], -1)
+            grid = np.moveaxis(grid, i, 0)
+            slices = grid.reshape(shape[i], -1)
             axes[i] = slices[:, 0]
         else:
             for i in varies:
                 axes[i] = self.fresh(shape[i])
-            self.tie(labels, self.merge(axes))
+            product = self.merge(axes)
+            self.tie(labels, product)
         return axes
 
     # Trees
@@ -142,7 +146,9 @@ class Labels:
     def _roots(self, labels: Row) -> Row:
         """The root of every label, frozen or not."""
         roots = self._climb(labels)
-        composite = roots[(self._number[roots] > 0) & (self._dates[roots] == 0)]
+        is_composite = self._number[roots] > 0
+        is_live = self._dates[roots] == 0
+        composite = roots[is_composite & is_live]
         if composite.size and self._renew(composite):
             roots = self._climb(roots)
         self._parent[labels] = roots
@@ -161,14 +167,17 @@ class Labels:
         returns whether there are any."""
         sets = self.parts(composite)
         parts = self.find(sets)
-        changed = (parts != sets).any(1)
-        if changed.any():
-            self._rename(composite[changed], sets[changed], parts[changed])
-        return bool(changed.any())
+        differs = parts != sets
+        changed = differs.any(1)
+        if not changed.any():
+            return False
+        self._rename(composite[changed], sets[changed], parts[changed])
+        return True
 
     def _rename(self, composite: Row, sets: np.ndarray, found: np.ndarray) -> None:
         """found: representatives of the parts in `sets`."""
-        parts = self.parts(found).reshape(len(found), -1)
+        parts = self.parts(found)
+        parts = parts.reshape(len(found), -1)
         names = self._name(parts)
         live = names != FROZEN
         self._parent[composite[live]] = names[live]
@@ -179,8 +188,10 @@ class Labels:
     def _unite(self, labels: Row, others: Row) -> None:
         """labels: simple representatives; others: what each becomes."""
         simple = self._number[others] == 0
-        low = np.where(simple, np.minimum(labels, others), others)
-        high = np.where(simple, np.maximum(labels, others), labels)
+        smaller = np.minimum(labels, others)
+        larger = np.maximum(labels, others)
+        low = np.where(simple, smaller, others)
+        high = np.where(simple, larger, labels)
         frozen = low == FROZEN
         self._dates[high[frozen]] = self.date
         self._parent[high[~frozen]] = low[~frozen]
@@ -191,10 +202,13 @@ class Labels:
         """Labels of all pairs of two rows of representatives, the second fastest."""
         rows, row = np.unique(first, return_inverse=True)
         columns, column = np.unique(second, return_inverse=True)
-        of_rows = np.repeat(self.parts(rows), len(columns), 0)
-        of_columns = np.tile(self.parts(columns), (len(rows), 1))
-        names = self._name(np.column_stack([of_rows, of_columns]))
-        table = names.reshape(len(rows), len(columns))
+        height = len(rows)
+        width = len(columns)
+        of_rows = np.repeat(self.parts(rows), width, 0)
+        of_columns = np.tile(self.parts(columns), (height, 1))
+        sets = np.column_stack([of_rows, of_columns])
+        names = self._name(sets)
+        table = names.reshape(height, width)
         products = table[row][:, column]
         return products.ravel()
 
@@ -220,9 +234,12 @@ class Labels:
         made = np.fromiter(known, int, len(keys))
         new = np.flatnonzero(made == FROZEN)
         if new.size:
-            new = new[np.argsort(first[new])]
-            made[new] = self._compose(*_unpacked(keys[new]))
-            self._names.update(zip(keys[new].tolist(), made[new].tolist()))
+            order = np.argsort(first[new])
+            new = new[order]
+            own_keys = keys[new]
+            made[new] = self._compose(*_unpacked(own_keys))
+            named = zip(own_keys.tolist(), made[new].tolist())
+            self._names.update(named)
         result = more.copy()
         result[larger] = made[inverse]
         return result
@@ -235,8 +252,9 @@ class Labels:
         else:
             sets = sets[:, 1:]
         made = self.fresh(len(sets))
-        numbers = len(self._names) + 1 + np.arange(len(sets))
-        self._sets = with_room(self._sets, numbers[-1] + 1)
+        first = len(self._names) + 1
+        numbers = np.arange(first, first + len(sets))
+        self._sets = with_room(self._sets, first + len(sets))
         self._sets[numbers] = sets
         self._number[made] = numbers
         return made
@@ -267,16 +285,23 @@ class Labels:
             return np.stack([few[forced, 0], many[forced, 0]])
         columns = np.arange(few.shape[1])
         last = np.count_nonzero(few, 1, keepdims=True) - 1
-        rest = self._name(np.where(columns >= last, many, FROZEN))
+        left_over = np.where(columns >= last, many, FROZEN)
+        rest = self._name(left_over)
         others = np.where(columns == last, rest[:, None], many)
         nothing = last < 0  # {x} against {x, y}: y may not die alone
         labels = np.where(nothing, many, few)
         others = np.where(nothing, FROZEN, others)
+        return self._prefix_at_once(labels, others)
+
+    def _prefix_at_once(self, labels: np.ndarray, others: np.ndarray) -> Pairs:
+        """Pairs of the first rows, as many as can be united at once, by halving; at least one."""
         used = labels != FROZEN
         count = len(labels)
         while True:
             now = used[:count]
-            pairs = _unique(np.stack([labels[:count][now], others[:count][now]]))
+            of_labels = labels[:count][now]
+            of_others = others[:count][now]
+            pairs = _unique(np.stack([of_labels, of_others]))
             if count == 1 or self._at_once(pairs):
                 return pairs
             count //= 2
@@ -285,13 +310,13 @@ class Labels:
         """What is in one set of each pair but not in the other; the smaller difference first."""
         sets, others = self.parts(np.stack([first, second]))
         equal = sets[:, :, None] == others[:, None]
-        differences = (
-            np.where(equal.any(2), FROZEN, sets),
-            np.where(equal.any(1), FROZEN, others),
-        )
-        ends = np.where(differences, differences, self.num)
-        of_first, of_second = np.sort(ends, -1) % self.num
-        sizes = np.count_nonzero(of_first, 1), np.count_nonzero(of_second, 1)
+        of_first = np.where(equal.any(2), FROZEN, sets)
+        of_second = np.where(equal.any(1), FROZEN, others)
+        differences = np.stack([of_first, of_second])
+        ends = np.where(differences, differences, self.num)  # FROZEN goes behind all others
+        in_order = np.sort(ends, -1) % self.num
+        of_first, of_second = in_order
+        sizes = np.count_nonzero(in_order, -1)
         larger = np.greater(*sizes)[:, None]
         few = np.where(larger, of_second, of_first)
         many = np.where(larger, of_first, of_second)
@@ -302,16 +327,20 @@ class Labels:
         labels, others = pairs
         composite = self._number[others] > 0
         simple = others[~composite]
-        moved = np.concatenate([labels, simple[simple != FROZEN]])
+        simple = simple[simple != FROZEN]
+        moved = np.concatenate([labels, simple])
+        if len(np.unique(moved)) < len(moved):
+            return False
         parts = self.parts(others[composite])
-        return len(np.unique(moved)) == len(moved) and not np.isin(moved, parts).any()
+        return not np.isin(moved, parts).any()
 
 
 def with_room(array: np.ndarray, num: int) -> np.ndarray:
     """The array with at least `num` rows."""
     if num <= len(array):
         return array
-    more = np.zeros((2 * num - len(array), *array.shape[1:]), array.dtype)
+    missing = 2 * num - len(array)
+    more = np.zeros((missing, *array.shape[1:]), array.dtype)
     return np.concatenate([array, more])
 
 
