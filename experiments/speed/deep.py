@@ -76,6 +76,20 @@ def rotate(x: jax.Array) -> jax.Array:
     return jnp.concatenate(turned, -1)
 
 
+def decoder(at: Sizes, layer: dict, block: Callable, **head: Any) -> Network:
+    """Equal layers on tokens. block: (weights, x) -> x. head: else the embedding."""
+
+    def apply(variables: Any, tokens: jax.Array) -> jax.Array:
+        x = variables["embed"][tokens]
+        for i in range(at.depth):
+            x = block(variables[f"layer{i}"], x)
+        return x @ (variables["head"] if head else variables["embed"].T)
+
+    variables: dict = {f"layer{i}": layer for i in range(at.depth)}
+    variables |= dict(embed=weights(at.outputs, at.width), **head)
+    return Network(apply, variables, jax.ShapeDtypeStruct((1, at.length), int))
+
+
 def gpt(at: Sizes) -> Network:
     """Queries, keys and values made by one kernel."""
     layer = dict(
@@ -86,19 +100,13 @@ def gpt(at: Sizes) -> Network:
         down=weights(at.hidden, at.width),
     )
 
-    def apply(variables: Any, tokens: jax.Array) -> jax.Array:
-        x = variables["embed"][tokens]
-        for i in range(at.depth):
-            p = variables[f"layer{i}"]
-            qkv = jnp.split(root_norm(x, p["norms"][0]) @ p["qkv"], 3, -1)
-            qkv = [part.reshape(*part.shape[:2], at.heads, -1) for part in qkv]
-            x = x + attend(*qkv, causal=True) @ p["out"]
-            x = x + jax.nn.gelu(root_norm(x, p["norms"][1]) @ p["up"]) @ p["down"]
-        return x @ variables["embed"].T
+    def block(p: dict, x: jax.Array) -> jax.Array:
+        qkv = jnp.split(root_norm(x, p["norms"][0]) @ p["qkv"], 3, -1)
+        qkv = [part.reshape(*part.shape[:2], at.heads, -1) for part in qkv]
+        x = x + attend(*qkv, causal=True) @ p["out"]
+        return x + jax.nn.gelu(root_norm(x, p["norms"][1]) @ p["up"]) @ p["down"]
 
-    variables = {f"layer{i}": layer for i in range(at.depth)}
-    variables["embed"] = weights(at.outputs, at.width)
-    return Network(apply, variables, jax.ShapeDtypeStruct((1, at.length), int))
+    return decoder(at, layer, block)
 
 
 def llama(at: Sizes) -> Network:
@@ -112,20 +120,14 @@ def llama(at: Sizes) -> Network:
         down=weights(at.hidden, at.width),
     )
 
-    def apply(variables: Any, tokens: jax.Array) -> jax.Array:
-        x = variables["embed"][tokens]
-        for i in range(at.depth):
-            p = variables[f"layer{i}"]
-            y = root_norm(x, p["norm"])
-            q, k, v = ((y @ p[name]).reshape(*y.shape[:2], at.heads, -1) for name in "qkv")
-            x = x + attend(rotate(q), rotate(k), v, causal=True) @ p["o"]
-            y = root_norm(x, p["mlp_norm"])
-            x = x + (jax.nn.silu(y @ p["gate"]) * (y @ p["up"])) @ p["down"]
-        return x @ variables["head"]
+    def block(p: dict, x: jax.Array) -> jax.Array:
+        y = root_norm(x, p["norm"])
+        q, k, v = ((y @ p[name]).reshape(*y.shape[:2], at.heads, -1) for name in "qkv")
+        x = x + attend(rotate(q), rotate(k), v, causal=True) @ p["o"]
+        y = root_norm(x, p["mlp_norm"])
+        return x + (jax.nn.silu(y @ p["gate"]) * (y @ p["up"])) @ p["down"]
 
-    variables: dict = {f"layer{i}": layer for i in range(at.depth)}
-    variables |= dict(embed=weights(at.outputs, at.width), head=weights(at.width, at.outputs))
-    return Network(apply, variables, jax.ShapeDtypeStruct((1, at.length), int))
+    return decoder(at, layer, block, head=weights(at.width, at.outputs))
 
 
 def vit(at: Sizes) -> Network:
