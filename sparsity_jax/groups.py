@@ -37,6 +37,7 @@ __all__ = [
     "Member",
     "Members",
     "Struct",
+    "Sums",
     "check",
     "compact",
     "compact_shapes",
@@ -45,6 +46,7 @@ __all__ = [
     "elastic",
     "layout",
     "mask",
+    "masked",
     "order_of_use",
     "owners",
     "random_keep",
@@ -55,6 +57,7 @@ __all__ = [
 
 Struct = jax.ShapeDtypeStruct
 Branches = Literal["tied", "separate"]
+Sums = Literal["frozen", "zeroed"]
 Keep = Mapping[str, Any]  # bool [channels] by name of group; a group left out keeps all
 Members = list[tuple[str, "Member"]]  # each with the name of its group
 _ROLES = ("producer", "depthwise", "consumer", "other")  # a group is named after the first
@@ -79,6 +82,7 @@ class Group(NamedTuple):
     size: int
     members: tuple[Member, ...]
     labels: np.ndarray  # int [size], of the channels in the walked program
+    zeroed: bool = False  # removed entries are zero in sums only if `masked` makes them so
 
 
 class Channels(NamedTuple):
@@ -92,6 +96,7 @@ class Channels(NamedTuple):
     signature: tuple  # of the arguments it was traced for
     results: Any  # their tree
     branches: Branches
+    sums: Sums
 
     @property
     def names(self) -> list[str]:
@@ -124,11 +129,23 @@ class Channels(NamedTuple):
             gone = ~np.asarray(kept)
             labels = self.groups[name].labels[gone]
             removed[labels] = True
-        return execute.Alive(self.walked.labels, removed)
+        return execute.Alive(self.walked.labels, removed, self.walked.zeroes)
+
+    def zeroing(self, keep: Keep) -> execute.Zeroing:
+        """The same, where keep may be traced and entries are made zero in place of removed."""
+        removed = jnp.zeros(self.walked.labels.num, bool)
+        for name, kept in complete(self, keep).items():
+            labels = self.groups[name].labels
+            removed = removed.at[labels].set(~jnp.asarray(kept))
+        return execute.Zeroing(self.walked.labels, removed, self.walked.zeroes)
 
 
 def trace(
-    apply: Callable, variables: PyTree, *inputs: PyTree, branches: Branches = "tied"
+    apply: Callable,
+    variables: PyTree,
+    *inputs: PyTree,
+    branches: Branches = "tied",
+    sums: Sums = "frozen",
 ) -> Channels:
     """Groups of coupled channels of `apply(variables, *inputs)`, in its inference mode.
 
@@ -136,14 +153,23 @@ def trace(
     never removed, nor are integer arrays.
     branches: `separate` lets the two sides of a skip connection be masked one by one, as the
     gradient-flow original does; such channels cannot be compacted.
+    sums: `zeroed` finds more groups: those whose removed entries are summed over when they are not
+    zero, as by a layer norm that subtracts the mean before it squares. Setting variables to zero is
+    not enough for these: `masked` runs the function without them, `mask` refuses them.
     Raises TypeError for an apply that cannot be traced and for variables that are no arrays.
     """
     tables.convert(branches, Branches, "branches")
-    return _traced(apply, variables, inputs, branches)
+    tables.convert(sums, Sums, "sums")
+    return _traced(apply, variables, inputs, branches, sums)
 
 
 def _traced(
-    apply: Callable, variables: PyTree, inputs: tuple, branches: Branches, state: str = ""
+    apply: Callable,
+    variables: PyTree,
+    inputs: tuple,
+    branches: Branches,
+    sums: Sums,
+    state: str = "",
 ) -> Channels:
     """state: see `elastic`."""
     leaves = trees.named_leaves(variables)
@@ -171,7 +197,8 @@ def _traced(
     carried = {}
     if state:
         carried = _carried(result, paths, state)
-    walked = walk.analyse(closed, paths, branches=branches, carried=carried)
+    zeroes = sums == "zeroed"
+    walked = walk.analyse(closed, paths, branches=branches, zeroes=zeroes, carried=carried)
     channels = Channels(
         {},
         walked.events,
@@ -181,6 +208,7 @@ def _traced(
         _signature(variables, inputs),
         jax.tree.structure(result),
         branches,
+        sums,
     )
     _find_groups(channels)
     channels.frozen.extend(_left(channels))
@@ -228,6 +256,7 @@ def _find_groups(channels: Channels) -> None:
     """
     walked = channels.walked
     used = set(channels.used)
+    zeroed = walked.needing_zeros()
     paths = {path: number for number, path in enumerate(channels.shapes)}
     places, (labels, numbers, positions) = _entries(channels)
     starts = np.flatnonzero(np.diff(labels, prepend=FROZEN))
@@ -254,7 +283,9 @@ def _find_groups(channels: Channels) -> None:
             members.append(member)
         names = _names(members, paths)
         name = next(name for name in names if name not in channels.groups)
-        channels.groups[name] = Group(name, len(rows), tuple(members), labels[rows])
+        own_labels = labels[rows]
+        needs = bool(np.isin(own_labels, zeroed).any())
+        channels.groups[name] = Group(name, len(rows), tuple(members), own_labels, needs)
 
 
 def _runs(
@@ -425,9 +456,19 @@ def mask(variables: PyTree, channels: Channels, keep: Keep) -> PyTree:
     variables: those traced, a part of them such as `params`, or a state of an optimizer, whose
     moments follow. An array belongs to the variable whose path ends its own; those that belong to
     none stay as they are.
-    Raises ValueError for a tree without any, and as `complete` does.
+    Raises ValueError for a tree without any, for groups of `sums="zeroed"`, and as `complete` does.
     """
-    keep = complete(channels, keep)
+    for name in keep:
+        if name in channels.groups and channels.groups[name].zeroed:
+            raise ValueError(
+                f"keep[{name!r}]: zeros in its variables are not zeros where they are summed over. "
+                "groups.masked(apply, channels, keep)(variables, *inputs) runs the function "
+                "without its channels."
+            )
+    return _masked(variables, channels, complete(channels, keep))
+
+
+def _masked(variables: PyTree, channels: Channels, keep: Keep) -> PyTree:
 
     def masked(leaf: Any, members: Members) -> Any:
         leaf = jnp.asarray(leaf)
@@ -491,6 +532,27 @@ def compact_shapes(channels: Channels, keep: Keep) -> dict[str, Struct]:
     return shapes
 
 
+def masked(apply: Callable, channels: Channels, keep: Keep) -> Callable:
+    """`function(variables, *inputs)`: what `apply` computes without the removed channels.
+
+    Variables have their full shapes, and keep may be traced. For most groups it is
+    `apply(mask(variables, channels, keep), *inputs)`. For those of `sums="zeroed"` it is a program
+    that makes removed entries zero again before they are summed over; means are over the full
+    number. Other functions, input shapes and types than those traced: as in `elastic`.
+    """
+    traced_for = _traces(apply, channels)
+
+    def function(variables: PyTree, *inputs: PyTree) -> PyTree:
+        traced = traced_for(variables, inputs)
+        leaves = jax.tree.leaves(_masked(variables, channels, complete(channels, keep)))
+        alive = traced.zeroing(keep)
+        arrays = [*leaves, *jax.tree.leaves(inputs)]
+        outs = execute.run(alive, traced.walked.program, *arrays)
+        return jax.tree.unflatten(traced.results, outs)
+
+    return function
+
+
 # Smaller programs --------------------------------------------------------------------------------
 
 
@@ -511,9 +573,7 @@ def elastic(apply: Callable, channels: Channels, keep: Keep, *, state: str = "")
     """
     _check_tied(channels)
     expected = compact_shapes(channels, keep)
-    traces = {}
-    if apply == channels.apply and not state:
-        traces[channels.signature] = channels
+    traced_for = _traces(apply, channels, state)
 
     def function(variables: PyTree, *inputs: PyTree) -> PyTree:
         leaves = trees.named_leaves(variables)
@@ -522,10 +582,7 @@ def elastic(apply: Callable, channels: Channels, keep: Keep, *, state: str = "")
         for path in leaves:
             if path not in expected:
                 raise ValueError(f"{path} is no array of the compact variables.")
-        key = _signature(variables, inputs)
-        if key not in traces:
-            traces[key] = _anew(apply, variables, inputs, channels, state)
-        traced = traces[key]
+        traced = traced_for(variables, inputs)
         arrays = [*leaves.values(), *jax.tree.leaves(inputs)]
         outs = execute.run(traced.alive(keep), traced.walked.program, *arrays)
         return jax.tree.unflatten(traced.results, outs)
@@ -533,13 +590,28 @@ def elastic(apply: Callable, channels: Channels, keep: Keep, *, state: str = "")
     return function
 
 
+def _traces(apply: Callable, channels: Channels, state: str = "") -> Callable:
+    """`traced_for(variables, inputs)`: the channels of `apply` for arguments of their types."""
+    traces = {}
+    if apply == channels.apply and not state:
+        traces[channels.signature] = channels
+
+    def traced_for(variables: PyTree, inputs: tuple) -> Channels:
+        key = _signature(variables, inputs)
+        if key not in traces:
+            traces[key] = _anew(apply, variables, inputs, channels, state)
+        return traces[key]
+
+    return traced_for
+
+
 def _anew(
     apply: Callable, variables: PyTree, inputs: tuple, channels: Channels, state: str
 ) -> Channels:
-    """Another trace with the same groups, or ValueError. variables: compact."""
+    """Another trace with the same groups, or ValueError. variables: of any sizes."""
     full = lambda path, leaf: Struct(channels.shapes[path].shape, leaf.dtype)
     variables = trees.map_named(full, variables)
-    again = _traced(apply, variables, inputs, channels.branches, state)
+    again = _traced(apply, variables, inputs, channels.branches, channels.sums, state)
     if _content(again) != _content(channels):
         raise ValueError("this function has other channel groups here: trace it anew.")
     return again
@@ -589,12 +661,15 @@ def check(
     that its trace does not show. Worth a second before a long run.
     """
     keep = random_keep(channels, key)
-    anew = lambda *args: apply(*args)  # jax would not trace the same function twice
-    masked = jax.jit(anew)(mask(variables, channels, keep), *inputs)
+    if any(group.zeroed for group in channels.groups.values()):
+        full = jax.jit(masked(apply, channels, keep))(variables, *inputs)
+    else:
+        anew = lambda *args: apply(*args)  # jax would not trace the same function twice
+        full = jax.jit(anew)(mask(variables, channels, keep), *inputs)
     small = compact(variables, channels, keep)
     compacted = jax.jit(elastic(apply, channels, keep))(small, *inputs)
     flat = []
-    for results in (masked, compacted):
+    for results in (full, compacted):
         vector, _ = jax.flatten_util.ravel_pytree(results)
         flat.append(vector)
     first, second = np.asarray(flat, complex)
@@ -625,7 +700,8 @@ def describe(channels: Channels) -> str:
     total = sum(channels.sizes.values())
     lines = [f"{len(channels.groups)} groups, {total} channels"]
     for group in channels.groups.values():
-        lines.append(f"{group.name}: {group.size} channels")
+        told = ", zeroed in sums" if group.zeroed else ""
+        lines.append(f"{group.name}: {group.size} channels{told}")
         for path, axis, index, role, _ in group.members:
             place = f"{path} axis {axis}"
             copies = index.shape[1]
@@ -634,7 +710,7 @@ def describe(channels: Channels) -> str:
             lines.append(f"    {place} ({role})")
     if channels.frozen:
         lines.append("kept whole:")
-    for reason, primitive, source, members in channels.frozen:
+    for reason, primitive, source, members, since in channels.frozen:
         places = ", ".join(f"{path} axis {axis}" for path, axis in members[:3])
         if len(members) > 3:
             places += f" and {len(members) - 3} more"
@@ -642,6 +718,8 @@ def describe(channels: Channels) -> str:
             if source:
                 primitive = f"{primitive} at {source}"
             reason = f"{primitive} {reason}"
+        if since:
+            reason = f"{reason} since {since}"
         lines.append(f"    {places}: {reason}")
     return "\n".join(lines)
 

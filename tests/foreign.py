@@ -332,7 +332,7 @@ CHANNELS = {  # sizes of the groups
     "unet": (6, 8, 10, 7, 9, 5),
     "vit": (12, 3, 4, 4, 20),  # width, heads, q-k and v of a head, hidden units
     "fused qkv": (10, 4, 6, 6, 14),
-    "rotary": (10, 4, 6, 14),  # positions within q and k turn by angles of a fixed order
+    "rotary": (10, 4, 3, 6, 14),  # q and k turn in pairs, each by its own angle
     "shared heads": (10, 2, 2, 6, 6, 14),  # heads: shared ones, and q's in each of them
     "groupnorm": (4, 3, 6),  # groups, positions within them; channels normalised alone
     "scanned": (8, 14),

@@ -324,14 +324,61 @@ def test_frozen_says_why_and_where():
     channels = groups.trace(apply, {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}, jnp.ones((2, 3)))
     (event,) = [event for event in channels.frozen if event.primitive == "sort"]
     assert event.reason == "sorts along it"
-    assert event.members == (("a", 1),)
+    assert event.members == (("a", 1), ("b", 0))  # the axis that is sorted, and what is tied to it
     assert "test_groups.py:" in event.source
     text = groups.describe(channels)
     assert text.startswith("0 groups, 0 channels\nkept whole:\n")
-    assert "    a axis 1: sort at test_groups.py:" in text
+    assert "    a axis 1, b axis 0: sort at test_groups.py:" in text
     text = groups.describe(traced("densenet"))
     assert "params/conv0: 6 channels\n" in text
     assert "    params/hidden/kernel axis 0 x 4 (consumer)" in text
+
+
+def only_event(apply, variables, **like):
+    """The event of these fields."""
+    channels = groups.trace(apply, variables, X)
+    has = lambda event: all(getattr(event, name) == value for name, value in like.items())
+    (event,) = filter(has, channels.frozen)
+    return event
+
+
+def test_a_sum_is_frozen_since_an_equation_that_made_removed_entries_other_than_zero():
+    def apply(v, x):
+        h = hidden(v, x)
+        centred = h - h.mean(-1, keepdims=True)
+        spread = jnp.square(centred).mean(-1, keepdims=True)
+        return centred / jnp.sqrt(spread + 1) @ v["out"]
+
+    line = apply.__code__.co_firstlineno + 2
+    event = only_event(apply, V, primitive="reduce_sum")
+    assert event.since == f"sub at test_groups.py:{line}"
+    assert event.source == f"test_groups.py:{line + 1}"
+    assert set(event.members) == {("a", 1), ("out", 0)}
+
+
+def test_ties_are_told_under_their_cause():
+    """A chain of layers whose widths are all tied to one that is sorted, before it and after."""
+
+    def apply(v, x):
+        h = hidden(v, x)
+        h = h + jnp.tanh(h @ v["c"])
+        h = h + jnp.sort(h, 1) @ v["d"]
+        return h @ v["out"]
+
+    tied = {("a", 1), ("c", 0), ("c", 1), ("d", 0), ("d", 1), ("out", 0)}
+    event = only_event(apply, V, reason="sorts along it")
+    assert set(event.members) == tied
+
+
+def test_scanned_layers_are_blamed_on_the_scan():
+    def apply(v, x):
+        turn = lambda h, kernel: (jnp.sin(h) @ kernel, None)
+        h, _ = lax.scan(turn, hidden(v, x), v["k"])
+        return h @ v["out"]
+
+    event = only_event(apply, V, reason="is scanned over")
+    assert event.primitive == "scan"
+    assert event.members == (("k", 0),)
 
 
 # Ways of use

@@ -16,22 +16,26 @@ import numpy as np
 
 from sparsity_jax.channels.labels import Labels, with_room
 from sparsity_jax.channels.rules import Values
-from sparsity_jax.channels.values import Axis, Program, Value, is_literal, nowhere_zero
+from sparsity_jax.channels.values import Axis, Program, Value, fixed, is_literal, nowhere_zero
 from sparsity_jax.channels.walk import INNER, Walk, loop_operands
 from sparsity_jax.types import Fields, Shape
 
-__all__ = ["RESIZES", "Alive", "Arrays", "Resize", "Sizes", "resizes_to", "run"]
+__all__ = ["RESIZES", "Alive", "Arrays", "Resize", "Sizes", "Zeroing", "resizes_to", "run"]
 
 Arrays = Sequence
 
 
 class Alive(NamedTuple):
-    """Which labels live. removed: bool by label, the simple ones that die."""
+    """Which labels live. removed: bool by label, the simple ones that die.
+
+    zeroes: whether the program was walked as one in which sums get zeros for removed entries.
+    """
 
     labels: Labels
-    removed: np.ndarray
+    removed: Any
+    zeroes: bool = False
 
-    def __call__(self, labels: np.ndarray) -> np.ndarray:
+    def __call__(self, labels: np.ndarray) -> Any:
         """bool, of the labels' shape: the entries that stay."""
         if not labels.any():
             return np.ones(labels.shape, bool)
@@ -54,6 +58,62 @@ class Alive(NamedTuple):
                 array = array.take(entries, position)
         return array
 
+    def zero(self, array: Any, value: Value) -> Any:
+        """The operand of a sum, in which removed entries must be zero: they are not there."""
+        return array
+
+    def params(self, eqn: Any, operands: Values, results: Values) -> Fields:
+        """Parameters of the equation at the smaller sizes."""
+        name = eqn.primitive.name
+        if name not in RESIZES:
+            return eqn.params
+        sizes = Sizes(self, eqn.params, operands, results)
+        return eqn.params | RESIZES[name](sizes)
+
+    def beside(self, labels: Labels) -> "Alive":
+        """The same of labels that more were added to."""
+        removed = with_room(self.removed, labels.num)
+        return self._replace(labels=labels, removed=removed)
+
+    def agrees(self, other: "Alive", values: Values) -> bool:
+        """Whether the same entries stay with the other labels."""
+        return list(map(self.shape, values)) == list(map(other.shape, values))
+
+
+class Zeroing(Alive):
+    """Which labels live in a program of the full size, in which removed entries are made zero
+    where they are summed over. removed: may be traced."""
+
+    def shape(self, value: Value) -> Shape:
+        return value.shape
+
+    def cut(self, array: Any, value: Value) -> Any:
+        return array
+
+    def zero(self, array: Any, value: Value) -> Any:
+        for position, axis in enumerate(value.axes):
+            if self.labels.is_live(axis.labels):
+                shape = [1] * array.ndim
+                shape[position] = -1
+                kept = self(axis.labels).reshape(shape)
+                array = jnp.where(kept, array, jnp.zeros((), array.dtype))
+        return array
+
+    def params(self, eqn: Any, operands: Values, results: Values) -> Fields:
+        return eqn.params
+
+    def beside(self, labels: Labels) -> "Zeroing":
+        missing = labels.num - len(self.removed)
+        removed = jnp.pad(self.removed, (0, missing))
+        return self._replace(labels=labels, removed=removed)
+
+    def agrees(self, other: Alive, values: Values) -> bool:
+        """Whether the other labels couple no more."""
+        labels = np.concatenate([fixed(1), *(value.labels for value in values)])
+        before = np.unique(self.labels.find(labels))
+        after = np.unique(other.labels.find(labels))
+        return len(before) == len(after)
+
 
 def run(alive: Alive, program: Program, *arrays: Any) -> list:
     """Results of the program for inputs that have the living entries only."""
@@ -66,8 +126,11 @@ def run(alive: Alive, program: Program, *arrays: Any) -> list:
     for eqn in jaxpr.eqns:
         last |= dict.fromkeys(_variables(eqn.invars), eqn)
     last |= dict.fromkeys(_variables(jaxpr.outvars))
-    for eqn, inner in program.equations():
+    for (eqn, inner), zeroed in zip(program.equations(), program.zeroed):
         ins = _read(env, eqn.invars)
+        if zeroed:
+            value, *_ = program.known(eqn.invars)
+            ins[0] = alive.zero(ins[0], value)
         outs = _run_equation(alive, program, eqn, ins, inner)
         env.update(zip(eqn.outvars, outs, strict=True))
         for var in _variables(eqn.invars):
@@ -91,11 +154,11 @@ def _run_equation(alive: Alive, program: Program, eqn: Any, ins: Arrays, inner: 
     if name in INNER:
         run_inner = _RUNS.get(name, _run_call)
         return run_inner(alive, eqn, ins, inner)
+    operands = program.known(eqn.invars)
     results = program.known(eqn.outvars)
-    if name in RESIZES:
-        operands = program.known(eqn.invars)
-        sizes = Sizes(alive, params, operands, results)
-        params = params | RESIZES[name](sizes)
+    if name == "slice" and params["strides"]:
+        return [_take(alive, params, operands[0], *ins)]
+    params = alive.params(eqn, operands, results)
     options = primitive.get_bind_params(params)
     outs = primitive.bind(*ins, **options)
     if not primitive.multiple_results:
@@ -103,6 +166,17 @@ def _run_equation(alive: Alive, program: Program, eqn: Any, ins: Arrays, inner: 
     if name in _DRAWS:
         outs = list(map(alive.cut, outs, results))
     return outs
+
+
+def _take(alive: Alive, params: Fields, value: Value, array: Any) -> Any:
+    """A slice with strides: those of its entries that are there."""
+    bounds = zip(params["start_indices"], params["limit_indices"], params["strides"])
+    for position, (axis, bound) in enumerate(zip(value.axes, bounds, strict=True)):
+        wanted = np.zeros(axis.size, bool)
+        wanted[slice(*bound)] = True
+        there = alive.cut(wanted, Value([axis]))
+        array = array.take(np.flatnonzero(there), position)
+    return array
 
 
 # Parameters of equations that hold sizes ---------------------------------------------------------
@@ -177,7 +251,6 @@ def _slice_sizes(at: Sizes) -> Fields:
 
 RESIZES: dict[str, Resize] = {
     "broadcast_in_dim": resizes_to("shape"),
-    "iota": resizes_to("shape"),
     "reshape": resizes_to("new_sizes"),
     "slice": _limits,
     "split": _split_sizes,
@@ -186,7 +259,8 @@ RESIZES: dict[str, Resize] = {
     "gather": _slice_sizes,
     "dynamic_slice": _slice_sizes,
 }
-_DRAWS = ("random_bits",)  # drawn in full, then cut: other sizes would be other numbers
+# In full, then cut: at other sizes they would be other numbers.
+_DRAWS = ("iota", "random_bits")
 
 
 # Equations with jaxprs inside --------------------------------------------------------------------
@@ -240,6 +314,14 @@ def _run_cond(alive: Alive, eqn: Any, ins: Arrays, inner: list) -> Arrays:
     return jax.lax.switch(number, branches, *operands)
 
 
+def _run_sharded(alive: Alive, eqn: Any, ins: Arrays, inner: list) -> Arrays:
+    function = functools.partial(run, alive, *inner)
+    options = _options(eqn, "mesh", "in_specs", "out_specs", "check_vma")
+    options["axis_names"] = eqn.params["newly_manual_axes"]
+    options["out_specs"] = list(options["out_specs"])
+    return jax.shard_map(function, **options)(*ins)
+
+
 # Functions with a hand-written derivative --------------------------------------------------------
 
 
@@ -278,18 +360,17 @@ def _beside(alive: Alive, function: Callable, known: list, wanted: list, arrays:
         structs.append(struct)
     closed = jax.make_jaxpr(function)(*structs)
     walk = Walk(alive.labels.copy())
+    walk.zeroes = alive.zeroes
     program = walk.closed(closed, known)
     for value, other in zip(walk.results(program), wanted, strict=True):
         walk.tie(value, other)
-    removed = with_room(alive.removed, walk.labels.num)
-    inside = Alive(walk.labels, removed)
-    for value in (*known, *wanted):
-        if inside.shape(value) != alive.shape(value):
-            raise ValueError(
-                "the hand-written derivative of a jax.custom_jvp or custom_vjp function couples "
-                "channels that the function itself does not: it cannot be evaluated without the "
-                "removed ones."
-            )
+    inside = alive.beside(walk.labels)
+    if not alive.agrees(inside, [*known, *wanted]):
+        raise ValueError(
+            "the hand-written derivative of a jax.custom_jvp or custom_vjp function couples "
+            "channels that the function itself does not: it cannot be evaluated without the "
+            "removed ones."
+        )
     return run(inside, program, *arrays)
 
 
@@ -355,4 +436,5 @@ _RUNS: dict[str, Callable] = {
     "scan": _run_scan,
     "while": _run_while,
     "cond": _run_cond,
+    "shard_map": _run_sharded,
 }

@@ -60,6 +60,12 @@ class Labels:
         self._parent[labels] = labels
         return labels
 
+    def stopped(self, num: int) -> Row:
+        """`num` entries of one label that is frozen, as of now."""
+        label = self.fresh(1)
+        self._dates[label] = self.date
+        return np.repeat(label, num)
+
     def find(self, labels: Row) -> Row:
         """The representative of every label."""
         roots = self._roots(labels)
@@ -260,9 +266,25 @@ class Labels:
         return made
 
     def _different(self, pairs: Pairs) -> Pairs:
-        """Representatives of the pairs that differ."""
-        pairs = self.find(pairs)
+        """Representatives of the pairs that differ, but for those that one was frozen of."""
+        roots = self._roots(pairs)
+        dates = self._dates[roots]
+        pairs = np.where(dates, FROZEN, roots)
+        if dates.any() and self._pass_on(pairs, dates.max(0)):
+            pairs = self.find(pairs)
         return pairs[:, pairs[0] != pairs[1]]
+
+    def _pass_on(self, pairs: Pairs, dates: Row) -> bool:
+        """Representatives whose partner was frozen, at one of `dates`, are frozen for its cause;
+        returns whether there are any."""
+        live = (pairs != FROZEN) & (dates > 0)
+        if not live.any():
+            return False
+        parts = self.parts(pairs[live])
+        causes = np.broadcast_to(dates, live.shape)[live]
+        self._dates[parts] = causes[:, None]
+        self._dates[FROZEN] = 0  # it fills the rows of parts
+        return True
 
     def _simple(self, pairs: Pairs) -> np.ndarray:
         """Whether neither of each pair is composite."""

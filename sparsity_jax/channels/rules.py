@@ -13,9 +13,10 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
-from sparsity_jax.channels.values import Axis, Value, fixed, nowhere_zero, whole
+from sparsity_jax.channels.values import Axis, Value, fixed, nowhere_zero
 from sparsity_jax.types import Shape
 
 __all__ = [
@@ -33,6 +34,9 @@ __all__ = [
     "first_zero",
     "infinite_at_zero",
     "never_zero",
+    "passing",
+    "rule",
+    "shape_of",
     "unknown",
 ]
 
@@ -43,18 +47,18 @@ Rule = Callable[[Walk, Any, Values], Values]
 RULES: dict[str, Rule] = {}
 
 
-def _rule(*names: str) -> Callable:
+def rule(*names: str) -> Callable:
     """Makes `function(walk, eqn, *operands)` the rule of these primitives.
 
     It returns a list of Values, or the Value of the only result.
     """
 
     def add(function: Callable) -> Callable:
-        def rule(walk: Walk, eqn: Any, ins: Values) -> Values:
+        def apply(walk: Walk, eqn: Any, ins: Values) -> Values:
             outs = function(walk, eqn, *ins)
             return [outs] if isinstance(outs, Value) else outs
 
-        RULES.update(dict.fromkeys(names, rule))
+        RULES.update(dict.fromkeys(names, apply))
         return function
 
     return add
@@ -62,12 +66,13 @@ def _rule(*names: str) -> Callable:
 
 def unknown(walk: Walk, eqn: Any, ins: Values) -> Values:
     """Whatever is not understood keeps its arrays whole."""
+    reason = "is not known to the analysis"
     for value in ins:
-        walk.freeze(value, "is not known to the analysis")
-    return [whole(var.aval) for var in eqn.outvars]
+        walk.freeze(value, reason)
+    return [walk.whole(var.aval, reason) for var in eqn.outvars]
 
 
-def _shape_of(eqn: Any) -> Shape:
+def shape_of(eqn: Any) -> Shape:
     """Shape of the first result."""
     return eqn.outvars[0].aval.shape
 
@@ -97,7 +102,7 @@ def elementwise(zero: Zero) -> Rule:
 
     def apply(walk: Walk, eqn: Any, ins: Values) -> Values:
         axes = []
-        for d, size in enumerate(_shape_of(eqn)):
+        for d, size in enumerate(shape_of(eqn)):
             varying = []
             operands = []
             for value in ins:
@@ -111,9 +116,11 @@ def elementwise(zero: Zero) -> Rule:
             if flag is None:
                 walk.freeze(axis, _UNDEFINED)
             origins = filter(None, (axis.origin for axis in varying))
-            axes.append(Axis(axis.labels, bool(flag), next(origins, ())))
+            origin = next(origins, ())
+            axes.append(axis._replace(zero=bool(flag), origin=origin))
         keeps = eqn.primitive.name in _KEEPS_CONSTANTS
-        result = Value(axes, ins[0].constant if keeps else None)
+        constant = ins[0].constant if keeps else None
+        result = Value(axes, constant, nonnegative=_is_nonnegative(eqn, ins))
         return [result] * len(eqn.outvars)
 
     return apply
@@ -186,6 +193,33 @@ def _extreme(sign: int) -> Zero:
     return zero
 
 
+_NEVER_NEGATIVE = "abs exp exp2 logistic square cosh erfc"
+_KEEPS_SIGNS = """
+add add_any mul div max min convert_element_type copy copy_p reduce_precision stop_gradient sqrt
+tanh floor ceil round sign expm1 log1p sinh asinh atan cbrt erf select_n name sharding_constraint
+pvary
+"""
+_SURE = frozenset(_NEVER_NEGATIVE.split())
+_SAME = frozenset(_KEEPS_SIGNS.split())
+
+
+def _is_nonnegative(eqn: Any, ins: Values) -> bool:
+    """Whether no entry of the result can be below 0; integers may overflow."""
+    if not jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
+        return False
+    name = eqn.primitive.name
+    if name == "select_n":
+        ins = ins[1:]
+    signs = [value.nonnegative or _is_at_least_zero(value.constant) for value in ins]
+    if name == "max":
+        return any(signs)
+    return name in _SURE or (name in _SAME and all(signs))
+
+
+def _is_at_least_zero(constant: float | None) -> bool:
+    return constant is not None and constant >= 0
+
+
 _KEEPS_CONSTANTS = ("convert_element_type", "copy", "copy_p", "reduce_precision", "stop_gradient")
 _ZERO_AT_ZERO = """
 abs asin asinh atan atanh bessel_i1e cbrt conj convert_element_type copy copy_p erf erf_inv expm1
@@ -210,30 +244,39 @@ _ELEMENTWISE: dict[str, Zero] = {
     "select_n": _selected,
 }
 RULES |= dict.fromkeys(("optimization_barrier", "device_put"), lambda walk, eqn, ins: ins)
+RULES["debug_callback"] = lambda walk, eqn, ins: []
 for _names, _zero in _ELEMENTWISE.items():
     RULES |= dict.fromkeys(_names.split(), elementwise(_zero))
 
 
-@_rule("integer_pow")
+@rule("integer_pow")
 def _integer_power(walk: Walk, eqn: Any, x: Value) -> Values:
-    zero = first_zero if eqn.params["y"] > 0 else infinite_at_zero
-    return elementwise(zero)(walk, eqn, [x])
+    power = eqn.params["y"]
+    zero = first_zero if power > 0 else infinite_at_zero
+    (result,) = elementwise(zero)(walk, eqn, [x])
+    even = power % 2 == 0
+    return [result._replace(nonnegative=even or x.nonnegative)]
 
 
-@_rule("add", "sub", "add_any")
+@rule("add", "sub", "add_any")
 def _sum(walk: Walk, eqn: Any, x: Value, y: Value) -> Value | Values:
     both = x.sources & walk.data and y.sources & walk.data
     if walk.separate and both and x.shape == y.shape:
         first = walk.labels.find(x.labels)
         second = walk.labels.find(y.labels)
         if not np.array_equal(first, second):  # they are equal e.g. in x + x**3
-            return whole(eqn.outvars[0].aval)
+            return walk.whole(eqn.outvars[0].aval, "adds branches")
     return elementwise(all_zero)(walk, eqn, [x, y])
 
 
-@_rule("bitcast_convert_type")
+@rule("psum", "psum_invariant", "pmax", "pmin")
+def _over_devices(walk: Walk, eqn: Any, *ins: Value) -> Values:
+    return [value._replace(constant=None) for value in ins]
+
+
+@rule("bitcast_convert_type")
 def _bitcast(walk: Walk, eqn: Any, x: Value) -> Values:
-    same = _shape_of(eqn) == x.shape  # else bytes are an axis
+    same = shape_of(eqn) == x.shape  # else bytes are an axis
     apply = elementwise(all_zero) if same else unknown
     return apply(walk, eqn, [x])
 
@@ -241,35 +284,36 @@ def _bitcast(walk: Walk, eqn: Any, x: Value) -> Values:
 # Shapes ------------------------------------------------------------------------------------------
 
 
-@_rule("transpose")
+@rule("transpose")
 def _transpose(walk: Walk, eqn: Any, x: Value) -> Value:
     return x.pick(eqn.params["permutation"])
 
 
-@_rule("squeeze")
+@rule("squeeze")
 def _squeeze(walk: Walk, eqn: Any, x: Value) -> Value:
     return x.drop(eqn.params["dimensions"])
 
 
-@_rule("unstack")
+@rule("unstack")
 def _unstack(walk: Walk, eqn: Any, x: Value) -> Values:
     gone = eqn.params["axis"]
     walk.freeze(x.axes[gone], "is taken apart")
     return [x.drop([gone])] * len(eqn.outvars)
 
 
-@_rule("broadcast_in_dim")
+@rule("broadcast_in_dim")
 def _broadcast(walk: Walk, eqn: Any, x: Value) -> Value:
-    result = walk.filled(_shape_of(eqn), x.constant)
+    result = walk.filled(shape_of(eqn), x.constant)
+    result = result._replace(nonnegative=x.nonnegative)
     for axis, d in zip(x.axes, eqn.params["broadcast_dimensions"]):
         if axis.size == result.axes[d].size:
             result = result.put(d, axis)
     return result
 
 
-@_rule("reshape")
+@rule("reshape")
 def _reshape(walk: Walk, eqn: Any, x: Value) -> Value:
-    shape = _shape_of(eqn)
+    shape = shape_of(eqn)
     axes = [Axis(fixed(size), x.constant == 0) for size in shape]
     for old, new in _blocks(x.shape, shape):
         before = x.pick(old).axes
@@ -282,7 +326,7 @@ def _reshape(walk: Walk, eqn: Any, x: Value) -> Value:
         parts = walk.labels.split(merged, sizes)
         for d, labels in zip(new, parts, strict=True):
             axes[d] = Axis(labels, zero)
-    return Value(axes, x.constant)
+    return x._replace(axes=axes)
 
 
 def _blocks(old: Shape, new: Shape) -> Iterator:
@@ -307,7 +351,7 @@ def _zero_if_live(walk: Walk, axes: Sequence[Axis]) -> bool:
     return not any(walk.labels.is_live(axis.labels) for axis in nonzero)
 
 
-@_rule("concatenate")
+@rule("concatenate")
 def _concatenate(walk: Walk, eqn: Any, *ins: Value) -> Value:
     axes = []
     for d, parts in enumerate(zip(*(value.axes for value in ins))):
@@ -321,7 +365,7 @@ def _concatenate(walk: Walk, eqn: Any, *ins: Value) -> Value:
     return Value(axes)
 
 
-@_rule("stack")
+@rule("stack")
 def _stack(walk: Walk, eqn: Any, *ins: Value) -> Value:
     axes = list(walk.either(ins).axes)
     stacked = Axis(fixed(len(ins)), False)
@@ -329,14 +373,14 @@ def _stack(walk: Walk, eqn: Any, *ins: Value) -> Value:
     return Value(axes)
 
 
-@_rule("rev")
+@rule("rev")
 def _reverse(walk: Walk, eqn: Any, x: Value) -> Value:
     for a in eqn.params["dimensions"]:
         x = _part(walk, x, a, np.s_[::-1])
     return x
 
 
-@_rule("tile")
+@rule("tile")
 def _tile(walk: Walk, eqn: Any, x: Value) -> Value:
     for a, times in enumerate(eqn.params["reps"]):
         entries = np.arange(x.axes[a].size)
@@ -345,19 +389,17 @@ def _tile(walk: Walk, eqn: Any, x: Value) -> Value:
     return x
 
 
-@_rule("slice")
+@rule("slice")
 def _slice(walk: Walk, eqn: Any, x: Value) -> Value:
     params = eqn.params
     steps = params["strides"] or (1,) * len(x.axes)
     bounds = map(slice, params["start_indices"], params["limit_indices"], steps)
     for a, entries in enumerate(bounds):
-        if entries.step != 1:
-            walk.freeze(x.axes[a], "takes every so many entries")
         x = _part(walk, x, a, entries)
     return x
 
 
-@_rule("split")
+@rule("split")
 def _split(walk: Walk, eqn: Any, x: Value) -> Values:
     position = eqn.params["axis"]
     start = 0
@@ -379,15 +421,16 @@ def _part(walk: Walk, x: Value, position: int, entries: slice | np.ndarray) -> V
     return x.put(position, part)
 
 
-@_rule("pad")
+@rule("pad")
 def _pad(walk: Walk, eqn: Any, x: Value, fill: Value) -> Value:
     config = eqn.params["padding_config"]
     clean = fill.constant == 0 or not np.any(config)
     axes = []
-    for axis, size, (low, high, inside) in zip(x.axes, _shape_of(eqn), config, strict=True):
+    for axis, size, (low, high, inside) in zip(x.axes, shape_of(eqn), config, strict=True):
         if inside or min(low, high) < 0:
-            walk.freeze(axis, "pads between entries, or cuts")
-            labels = fixed(size)
+            reason = "pads between entries, or cuts"
+            walk.freeze(axis, reason)
+            labels = walk.stopped(size, reason)
         else:
             before = walk.labels.fresh(low)
             after = walk.labels.fresh(high)
@@ -399,7 +442,7 @@ def _pad(walk: Walk, eqn: Any, x: Value, fill: Value) -> Value:
 # Products ----------------------------------------------------------------------------------------
 
 
-@_rule("dot_general")
+@rule("dot_general")
 def _dot(walk: Walk, eqn: Any, *ins: Value) -> Value:
     summed, batch = eqn.params["dimension_numbers"]
     for pair in _pairs(ins, summed):
@@ -422,7 +465,27 @@ def _pairs(values: Sequence, positions: Sequence) -> Iterator:
     return zip(first.axes, second.axes, strict=True)
 
 
-@_rule("conv_general_dilated")
+@rule("ragged_dot_general")
+def _ragged_dot(walk: Walk, eqn: Any, x: Value, kernels: Value, *sizes: Value) -> Value | Values:
+    """Rows in groups of several sizes, each multiplied by a kernel of its own."""
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (summed, other), (batch, _) = numbers.dot_dimension_numbers
+    ragged = numbers.lhs_ragged_dimensions
+    of_groups = numbers.rhs_group_dimensions
+    if batch or not of_groups or set(ragged) & set(summed):
+        return unknown(walk, eqn, [x, kernels, *sizes])
+    for value in (x.pick(ragged), kernels.pick(of_groups), *sizes):
+        walk.freeze(value, "is of groups of rows")
+    for pair in zip(x.pick(summed).axes, kernels.pick(other).axes, strict=True):
+        walk.contract(*pair, "a product sums")
+    made = kernels.drop((*other, *of_groups)).axes
+    for axis in made:
+        walk.role(axis, "producer")
+    axes = [*x.drop(summed).axes, *made]
+    return Value([axis.unnamed for axis in axes])
+
+
+@rule("conv_general_dilated")
 def _convolve(walk: Walk, eqn: Any, x: Value, kernel: Value) -> Value | Values:
     spec = eqn.params["dimension_numbers"]
     groups = eqn.params["feature_group_count"]
@@ -447,7 +510,7 @@ def _convolve(walk: Walk, eqn: Any, x: Value, kernel: Value) -> Value | Values:
         zero = zero or features.zero
     made = Axis(outputs.labels, zero)
     out_batch, out_features, *_ = spec.out_spec
-    result = whole(eqn.outvars[0].aval)
+    result = walk.whole(eqn.outvars[0].aval, "is a convolution's space")
     result = result.put(out_batch, batch.unnamed)
     return result.put(out_features, made)
 
@@ -462,33 +525,57 @@ def _grouped(walk: Walk, axis: Axis, count: int) -> list[Axis]:
 # Reductions --------------------------------------------------------------------------------------
 
 
-@_rule("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or")
-@_rule("reduce_xor", "argmax", "argmin")
+@rule("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or")
+@rule("reduce_xor", "argmax", "argmin")
 def _reduce(walk: Walk, eqn: Any, x: Value) -> Value:
     gone = eqn.params["axes"]
-    sums = eqn.primitive.name == "reduce_sum"
+    name = eqn.primitive.name
+    sums = name == "reduce_sum"
     for axis in x.pick(gone).axes:
-        if not sums:
+        if sums:
+            walk.need_zero(axis, "sums over entries that are not zero when removed")
+        elif name != "reduce_max" or not (axis.zero and x.nonnegative):
             walk.freeze(axis, "looks for the largest, smallest or a product")
-        elif not axis.zero:
-            walk.freeze(axis, "sums over entries that are not zero when removed")
     out = x.drop(gone)._replace(constant=None)
     if 0 in x.shape and not sums:  # the largest of nothing is not zero
         out = nowhere_zero(out)
     return out
 
 
-def _passing(walk: Walk, eqn: Any, x: Value, stopped: Iterable, reason: str) -> Value:
+def passing(walk: Walk, eqn: Any, x: Value, stopped: Iterable, reason: str) -> Value:
     """The result of an operation along the axes `stopped`, which must stay; the others pass."""
     for d in stopped:
         axis = x.axes[d]
         walk.freeze(axis, reason)
-        size = _shape_of(eqn)[d]
-        x = x.put(d, axis._replace(labels=fixed(size)))
+        labels = walk.stopped(shape_of(eqn)[d], reason)
+        x = x.put(d, axis._replace(labels=labels))
     return Value(x.axes)
 
 
-@_rule("reduce_window_sum", "reduce_window_max", "reduce_window_min")
+@rule("reduce")
+def _reduce_any(walk: Walk, eqn: Any, *ins: Value) -> Values:
+    """Some reduction: nothing is known of its axes, and nothing of zeros."""
+    outs = []
+    arrays = ins[: len(eqn.outvars)]
+    for x in arrays:
+        walk.tie(arrays[0], x)
+        gone = x.pick(eqn.params["dimensions"])
+        walk.freeze(gone, "reduces it")
+        kept = x.drop(eqn.params["dimensions"])
+        result = nowhere_zero(Value(kept.axes))
+        outs.append(result)
+    return outs
+
+
+@rule("fft")
+def _fourier(walk: Walk, eqn: Any, x: Value) -> Value:
+    transformed = len(eqn.params["fft_lengths"])
+    ndim = len(x.axes)
+    along = range(ndim - transformed, ndim)
+    return passing(walk, eqn, x, along, "is transformed")
+
+
+@rule("reduce_window_sum", "reduce_window_max", "reduce_window_min")
 def _window(walk: Walk, eqn: Any, x: Value) -> Value:
     names = ("window_dimensions", "window_strides", "padding", "base_dilation", "window_dilation")
     slid = []
@@ -498,14 +585,14 @@ def _window(walk: Walk, eqn: Any, x: Value) -> Value:
         if (size, stride, padding, apart) != (1, 1, (0, 0), 1):
             slid.append(d)
         covered &= max(padding) < size and apart == hole == 1
-    out = _passing(walk, eqn, x, slid, "slides a window over it")
+    out = passing(walk, eqn, x, slid, "slides a window over it")
     # The largest of nothing but padding is no zero, so each window must cover an entry.
     if eqn.primitive.name != "reduce_window_sum" and not covered:
         out = nowhere_zero(out)
     return out
 
 
-@_rule("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "sort")
+@rule("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "sort")
 def _one_after_the_other(walk: Walk, eqn: Any, *ins: Value) -> Values:
     name = eqn.primitive.name
     params = eqn.params
@@ -517,69 +604,7 @@ def _one_after_the_other(walk: Walk, eqn: Any, *ins: Value) -> Values:
     outs = []
     for x in ins:
         walk.tie(ins[0], x)
-        outs.append(_passing(walk, eqn, x, [params[along]], reason))
+        outs.append(passing(walk, eqn, x, [params[along]], reason))
     if len(ins) > 1 or name in ("cumprod", "cumlogsumexp"):
         outs = list(map(nowhere_zero, outs))
     return outs
-
-
-# Indices and random numbers ----------------------------------------------------------------------
-
-
-@_rule("iota")
-def _iota(walk: Walk, eqn: Any, *sizes: Value) -> Value:
-    value = walk.filled(_shape_of(eqn), None)
-    return _passing(walk, eqn, value, [eqn.params["dimension"]], "counts along it")
-
-
-@_rule("random_bits")
-def _random_bits(walk: Walk, eqn: Any, key: Value) -> Value:
-    walk.freeze(key, "is a random key")
-    value = walk.filled(_shape_of(eqn), None)
-    keys = len(value.axes) - len(eqn.params["shape"])
-    return _passing(walk, eqn, value, range(keys), "is of a random key")
-
-
-@_rule("gather")
-def _gather(walk: Walk, eqn: Any, x: Value, index: Value) -> Value:
-    walk.freeze(index, "is an index")
-    numbers = eqn.params["dimension_numbers"]
-    fills = eqn.params.get("fill_value") not in (None, 0)  # what an index outside gives
-    removed = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
-    positions = iter(numbers.offset_dims)
-    result = whole(eqn.outvars[0].aval)
-    for d, size in enumerate(eqn.params["slice_sizes"]):
-        axis = x.axes[d]
-        position = None if d in removed else next(positions)
-        if position is None or size != axis.size:
-            walk.freeze(axis, "is indexed")
-        else:
-            walk.role(axis, "producer")
-            zero = axis.zero and not fills
-            result = result.put(position, Axis(axis.labels, zero))
-    return result
-
-
-def _unequal(first: Shape, second: Shape) -> list[int]:
-    """Axes along which two shapes differ."""
-    return np.flatnonzero(np.not_equal(first, second)).tolist()
-
-
-@_rule("dynamic_slice")
-def _dynamic_slice(walk: Walk, eqn: Any, x: Value, *starts: Value) -> Value:
-    indexed = _unequal(x.shape, _shape_of(eqn))
-    out = _passing(walk, eqn, x, indexed, "is indexed")
-    return out._replace(constant=x.constant)
-
-
-@_rule("dynamic_update_slice")
-def _update_slice(walk: Walk, eqn: Any, x: Value, part: Value, *starts: Value) -> Value:
-    indexed = _unequal(x.shape, part.shape)
-    out = _passing(walk, eqn, x, indexed, "is indexed")
-    for a, written in enumerate(part.axes):
-        if a in indexed:
-            walk.freeze(written, "is written at an index")
-        else:
-            axis = walk.joined([out.axes[a], written])
-            out = out.put(a, axis)
-    return out

@@ -30,6 +30,7 @@ class Axis(NamedTuple):
     labels: np.ndarray  # int [size], see `labels.Labels`; never written to, as axes share them
     zero: bool  # removed entries are exactly 0 in the masked program
     origin: tuple[Place, ...] = ()  # whose entries these are
+    cleared: tuple = ()  # the equation after which they need not be 0, after those it is inside of
 
     @property
     def size(self) -> int:
@@ -47,6 +48,7 @@ class Value(NamedTuple):
     axes: Sequence[Axis]
     constant: float | None = None  # the value of all entries, if it is known to be one
     sources: int = 0  # bit i is set if the array depends on input i
+    nonnegative: bool = False  # no entry can be below 0
 
     @property
     def shape(self) -> Shape:
@@ -79,6 +81,7 @@ class Program(NamedTuple):
     consts: Sequence
     values: dict  # a Value for each variable
     inner: list[list]  # of each equation, in the order in which they run
+    zeroed: list[bool]  # of each equation, whether it needs zeros for removed entries once more
 
     def known(self, variables: Sequence) -> list[Value]:
         """What is known of these variables; of a literal, its shape."""

@@ -13,20 +13,21 @@ and is reported.
 Frozen, and why:
 
 - inputs, results and integers: they are the user's, or indices;
-- space, time and position: windows, strided slices, cumulative sums and sorts mix neighbours; a
+- space, time and position: windows, cumulative sums, sorts and Fourier transforms mix neighbours; a
   scan walks along them;
 - what is repeated by `tile`, also along an axis of one, which broadcasting would leave free;
-- what is indexed (the vocabulary of an embedding, experts that are routed to), or meets an index
-  computed by `iota` (rotary positions turn each pair of q and k by its own angle; triangular
-  masks): entries would change places;
-- what a maximum, a softmax, or a sum of entries that are not zero runs over (a layer norm that
-  subtracts the mean before it squares): removed entries would count. Sums of zeros, e.g. of a norm
-  that squares first, keep the full program's divisor: see `sums`;
+- what is indexed or written at indices (the vocabulary of an embedding, rows of a graph, experts
+  that are routed to): entries would change places;
+- what a maximum or a softmax runs over: removed entries would count. A maximum of entries that
+  cannot be below zero is the same with zeros among them;
+- what a sum of entries runs over that are not zero when removed (a layer norm that subtracts the
+  mean before it squares), unless zeros are asked for: see `execute.Zeroing`. Sums of zeros, e.g. of
+  a norm that squares first, keep the full program's divisor;
 - kernels divided by their own norm without an epsilon, logarithms and negative powers: 0 / 0 in the
   masked program;
-- scatter, top_k, ragged products, Fourier transforms, linear algebra, callbacks, Pallas kernels,
-  convolutions with batch groups, gradients of max-pooling inside the function: no rule. They run as
-  they are.
+- axes that are shared out over several devices;
+- top_k, linear algebra, callbacks with results, Pallas kernels, convolutions with batch groups,
+  gradients of max-pooling inside the function: no rule. They run as they are.
 - channels that two layouts of one axis put in different rows (a channel shuffle): tied until the
   layouts agree, in the end to entries that stay.
 
@@ -49,8 +50,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparsity_jax.channels.indexing import RULES
 from sparsity_jax.channels.labels import Labels
-from sparsity_jax.channels.rules import RULES, Values, unknown
+from sparsity_jax.channels.rules import Values, unknown
 from sparsity_jax.channels.values import (
     Axis,
     Order,
@@ -101,6 +103,7 @@ class Frozen(NamedTuple):
     primitive: str
     source: str  # module path and first line of user code
     members: Sequence[Place]
+    since: str = ""  # where removed entries ceased to be zero, for a sum over them
 
 
 class Walk:
@@ -109,11 +112,13 @@ class Walk:
     program: what was walked. inputs: what is known of its inputs. events: what froze axes of them.
     roles: producer, consumer, depthwise or window, of axes of inputs. exposed: axes that are summed
     over with entries that are not zero when removed. used: inputs that some equation reads.
-    multiplied: inputs that reach a product or convolution.
+    multiplied: inputs that reach a product or convolution. zeroed: labels of axes that are summed
+    over once removed entries are zero again.
     """
 
     program: Program
     separate = False  # branches that are only added are not tied
+    zeroes = False  # sums that need zeros are noted, for a program that makes them, not frozen
 
     def __init__(self, labels: Labels, inputs: Sequence[Value] = (), data: int = 0):
         """data: bits of the inputs that may not be cut: no weights."""
@@ -127,6 +132,9 @@ class Walk:
         self.multiplied = Order()
         self._path: list = []  # the equation at work, after those it is inside of
         self._reason = ""
+        self._since: tuple = ()
+        self._needs_zeros = False  # the equation at work
+        self.zeroed: list = []
         self._events: list[tuple] = []  # those that are dates of `labels`, and where they were
 
     # For rules
@@ -137,6 +145,30 @@ class Walk:
         if self.labels.freeze(entries.labels):
             self._reason = self._reason or reason
 
+    def need_zero(self, axis: Axis, reason: str) -> None:
+        """Removed entries of an operand must be zero for the equation at work, or the axis stays.
+
+        It is the first of its operands of which it asks this.
+        """
+        if axis.zero:
+            return
+        if self.zeroes:
+            self._needs_zeros = True
+            self.zeroed.append(axis.labels)
+        else:
+            self._since = axis.cleared
+            self.freeze(axis, reason)
+
+    def stopped(self, size: int, reason: str) -> np.ndarray:
+        """Labels of an axis of a result that stays, for this reason."""
+        self._reason = self._reason or reason
+        return self.labels.stopped(size)
+
+    def whole(self, aval: Any, reason: str) -> Value:
+        """A result of which nothing may be removed, for this reason."""
+        axes = [Axis(self.stopped(size, reason), False) for size in aval.shape]
+        return Value(axes)
+
     def tie(self, first: Axis | Value, second: Axis | Value) -> None:
         """Entry i of one is removed exactly if entry i of the other is, along all axes."""
         self.labels.tie(first.labels, second.labels)
@@ -145,7 +177,9 @@ class Walk:
         """The axis of a result that is that of several operands: all lose the same entries."""
         for axis in axes[1:]:
             self.tie(axes[0], axis)
-        return Axis(axes[0].labels, all(axis.zero for axis in axes))
+        zeros = [axis.zero for axis in axes]
+        cleared = () if any(zeros) else axes[0].cleared
+        return Axis(axes[0].labels, all(zeros), cleared=cleared)
 
     def either(self, values: Sequence) -> Value:
         """An array that may be any of several of one shape; of the sources of the first."""
@@ -157,7 +191,7 @@ class Walk:
         """Axes summed over together: removed entries must be zero in one of the factors."""
         self.tie(first, second)
         if not (first.zero or second.zero):
-            self.freeze(first, f"{what} over entries that are not zero when removed")
+            self.need_zero(first, f"{what} over entries that are not zero when removed")
         for axis, other in ((first, second), (second, first)):
             self.role(axis, "consumer")
             if not other.zero:
@@ -183,15 +217,18 @@ class Walk:
         variables = (*jaxpr.constvars, *jaxpr.invars)
         known = (*map(self._array, consts), *inputs)
         values = dict(zip(variables, known, strict=True))
-        program = Program(jaxpr, consts, values, [])
+        program = Program(jaxpr, consts, values, [], [])
         for eqn in jaxpr.eqns:
             self._path.append(eqn)
             ins = self._read(values, eqn.invars)
+            self._needs_zeros = False
             outs, inner = self._equation(eqn, ins)
             self.attribute("ties it to entries that cannot be removed", eqn.primitive.name)
+            outs = [self._clearing(out) for out in outs]
             self._path.pop()
             values.update(zip(eqn.outvars, outs, strict=True))
             program.inner.append(inner)
+            program.zeroed.append(self._needs_zeros and not inner)
         return program
 
     def results(self, program: Program) -> Values:
@@ -199,8 +236,10 @@ class Walk:
 
     def attribute(self, reason: str, primitive: str) -> None:
         """What is frozen since the last call is the doing of the equation at work."""
-        self._events.append((self._reason or reason, primitive, tuple(self._path)))
+        event = (self._reason or reason, primitive, tuple(self._path), self._since)
+        self._events.append(event)
         self._reason = ""
+        self._since = ()
         self.labels.date = len(self._events) + 1
 
     def find_events(self) -> None:
@@ -211,10 +250,31 @@ class Walk:
                 if axis.origin:
                     for date in np.unique(self.labels.dates(axis.labels)).tolist():
                         frozen[date] |= dict.fromkeys(axis.origin)
-        for date, (reason, primitive, path) in enumerate(self._events, 1):
+        for date, (reason, primitive, path, since) in enumerate(self._events, 1):
             if date in frozen:
-                event = Frozen(reason, primitive, _source(path), tuple(frozen[date]))
+                members = tuple(frozen[date])
+                event = Frozen(reason, primitive, _source(path), members, _told(since))
                 self.events.append(event)
+
+    def needing_zeros(self) -> np.ndarray:
+        """Simple labels of entries that are zero in some sums only if they are made so."""
+        parts = [np.zeros(0, int)]
+        for labels in self.zeroed:
+            found = self.labels.parts(self.labels.find(labels))
+            parts.append(found.ravel())
+        return np.unique(np.concatenate(parts))
+
+    def _clearing(self, value: Value) -> Value:
+        """The result of the equation at work, if it was it after which entries need not be zero."""
+        if all(axis.zero or axis.cleared for axis in value.axes):
+            return value
+        path = tuple(self._path)
+        axes = []
+        for axis in value.axes:
+            if not (axis.zero or axis.cleared):
+                axis = axis._replace(cleared=path)
+            axes.append(axis)
+        return value._replace(axes=axes)
 
     def _array(self, array: Any) -> Value:
         """A constant of the program."""
@@ -295,6 +355,7 @@ def analyse(
     *,
     whole: bool = False,
     branches: str = "tied",
+    zeroes: bool = False,
     carried: Mapping | None = None,
 ) -> Walk:
     """Walks a closed jaxpr. names: of the inputs that are weights; those behind them are data, and
@@ -303,6 +364,7 @@ def analyse(
     whole: no entry of any input may be removed.
     branches: `separate` does not tie what is only added together, such as the two sides of a skip
     connection: their entries can be masked one by one, but not cut out.
+    zeroes: sums over entries that are not zero when removed freeze nothing; see `execute.Zeroing`.
     carried: results that lose the entries of an input, by number, such as running statistics; all
     others stay whole.
     """
@@ -323,6 +385,7 @@ def analyse(
         inputs.append(Value(axes, sources=source))
     walk = Walk(labels, inputs, data)
     walk.separate = branches == "separate"
+    walk.zeroes = zeroes
     walk.program = walk.closed(closed, inputs)
     carried = carried or {}
     for number, result in enumerate(walk.results(walk.program)):
@@ -351,6 +414,13 @@ def _source(path: Sequence) -> str:
         stack = eqn.source_info.name_stack
         source = f"{stack} {line_of(eqn)}".strip() or source
     return source
+
+
+def _told(path: Sequence) -> str:
+    """The primitive and source of the last of nested equations."""
+    if not path:
+        return ""
+    return f"{path[-1].primitive.name} at {_source(path)}"
 
 
 def line_of(eqn: Any) -> str:
@@ -418,6 +488,7 @@ def _loop(walk: Walk, eqn: Any, ins: Values) -> Result:
     for value in given.scanned:
         along, *axes = value.axes
         walk.freeze(along, "is scanned over")
+        walk.attribute("is scanned over", "scan")
         weights = value.sources & ~walk.data  # both sides of a sum stay tied in every turn
         scanned.append(Value(axes, value.constant, weights))
     carry = [value._replace(constant=None) for value in given.carry]
@@ -432,7 +503,8 @@ def _loop(walk: Walk, eqn: Any, ins: Values) -> Result:
         programs.append(body)
         outs = walk.results(body)
         carry = [walk.either(pair) for pair in zip(carry, outs)]
-    turns = Axis(fixed(eqn.params.get("length", 0)), False)
+    length = eqn.params.get("length", 0)
+    turns = Axis(walk.stopped(length, "is scanned over"), False)
     per_turn = outs[len(carry) :]
     stacked = [Value([turns, *_unnamed(value).axes]) for value in per_turn]
     sources = _sources(ins)
@@ -453,6 +525,30 @@ def _cond(walk: Walk, eqn: Any, ins: Values) -> Result:
     return outs, programs
 
 
+def _sharded(walk: Walk, eqn: Any, ins: Values) -> Result:
+    """A program for each device; axes that are shared out stay."""
+    body = eqn.params["jaxpr"]
+    inputs = []
+    for value, var in zip(ins, body.invars, strict=True):
+        inputs.append(_resharded(walk, value, var.aval.shape))
+    program = walk.closed(body, inputs)
+    outs = []
+    for value, var in zip(walk.results(program), eqn.outvars, strict=True):
+        outs.append(_resharded(walk, value, var.aval.shape))
+    return outs, [program]
+
+
+def _resharded(walk: Walk, value: Value, shape: Shape) -> Value:
+    """The array with the sizes that it has on all devices, or on each."""
+    for d, size in enumerate(shape):
+        axis = value.axes[d]
+        if axis.size != size:
+            walk.freeze(axis, "is shared out over devices")
+            labels = walk.stopped(size, "is shared out over devices")
+            value = value.put(d, axis._replace(labels=labels))
+    return value._replace(constant=None)
+
+
 _CALLS = """
 jit pjit remat remat2 checkpoint closed_call core_call custom_jvp_call custom_vjp_call
 """
@@ -461,4 +557,5 @@ INNER: dict[str, Callable] = {
     "scan": _loop,
     "while": _loop,
     "cond": _cond,
+    "shard_map": _sharded,
 }
