@@ -26,7 +26,7 @@ import numpy as np
 from sparsity_jax import tables, trees
 from sparsity_jax.channels import execute, rules, walk
 from sparsity_jax.channels.labels import FROZEN
-from sparsity_jax.channels.values import Place
+from sparsity_jax.channels.values import Place, fixed
 from sparsity_jax.types import Arrays, Fields, PyTree
 
 __all__ = [
@@ -309,15 +309,19 @@ def _entries(channels: Channels) -> tuple[list[Place], np.ndarray]:
     labels = channels.walked.labels
     inputs = channels.inputs
     places: list[Place] = []
-    columns = [np.zeros((3, 0), int)]
+    axes = []
     for path in dict.fromkeys((*channels.used, *inputs)):
         for a, axis in enumerate(inputs[path].axes):
-            parts = labels.parts(labels.find(axis.labels))
-            positions, which = np.nonzero(parts)
-            numbers = np.full(len(positions), len(places))
-            columns.append(np.stack([parts[positions, which], numbers, positions]))
             places.append((path, a))
-    entries = np.concatenate(columns, 1)
+            axes.append(axis.labels)
+    sizes = list(map(len, axes))
+    numbers = np.repeat(np.arange(len(axes)), sizes)
+    starts = np.repeat(np.cumsum([0, *sizes[:-1]]), sizes)
+    positions = np.arange(len(numbers)) - starts
+    every = np.concatenate([fixed(0), *axes])
+    parts = labels.parts(labels.find(every))
+    rows, which = np.nonzero(parts)
+    entries = np.stack([parts[rows, which], numbers[rows], positions[rows]])
     backwards = np.arange(entries.shape[1])[::-1]
     first = np.zeros(labels.num, int)  # of all assignments the last counts
     first[entries[0, backwards]] = backwards

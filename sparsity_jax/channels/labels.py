@@ -54,9 +54,10 @@ class Labels:
         self._starts.append(self.num)
         labels = np.arange(self.num, self.num + num)
         self.num += num
-        self._parent = with_room(self._parent, self.num)
-        self._dates = with_room(self._dates, self.num)
-        self._number = with_room(self._number, self.num)
+        if self.num > len(self._parent):
+            self._parent = with_room(self._parent, self.num)
+            self._dates = with_room(self._dates, self.num)
+            self._number = with_room(self._number, self.num)
         self._parent[labels] = labels
         return labels
 
@@ -144,8 +145,16 @@ class Labels:
             for i in varies:
                 axes[i] = self.fresh(shape[i])
             product = self.merge(axes)
-            self.tie(labels, product)
+            self._replace(grid.ravel(), product)
         return axes
+
+    def _replace(self, labels: Row, others: Row) -> None:
+        """Ties representatives to labels of new sets."""
+        is_rising = labels[0] != FROZEN and bool(np.all(labels[1:] > labels[:-1]))
+        if is_rising and others.all() and not self._number[labels].any():
+            self._parent[labels] = others  # each of them becomes another set
+        else:
+            self.tie(labels, others)
 
     # Trees
 

@@ -117,7 +117,7 @@ def elementwise(zero: Zero) -> Rule:
                 walk.freeze(axis, _UNDEFINED)
             origins = filter(None, (axis.origin for axis in varying))
             origin = next(origins, ())
-            axes.append(axis._replace(zero=bool(flag), origin=origin))
+            axes.append(Axis(axis.labels, bool(flag), origin, axis.cleared))
         keeps = eqn.primitive.name in _KEEPS_CONSTANTS
         constant = ins[0].constant if keeps else None
         result = Value(axes, constant, nonnegative=_is_nonnegative(eqn, ins))
@@ -303,12 +303,14 @@ def _unstack(walk: Walk, eqn: Any, x: Value) -> Values:
 
 @rule("broadcast_in_dim")
 def _broadcast(walk: Walk, eqn: Any, x: Value) -> Value:
-    result = walk.filled(shape_of(eqn), x.constant)
-    result = result._replace(nonnegative=x.nonnegative)
-    for axis, d in zip(x.axes, eqn.params["broadcast_dimensions"]):
-        if axis.size == result.axes[d].size:
-            result = result.put(d, axis)
-    return result
+    axes = dict(zip(eqn.params["broadcast_dimensions"], x.axes))
+    made = []
+    for d, size in enumerate(shape_of(eqn)):
+        axis = axes.get(d)
+        if axis is None or axis.size != size:
+            axis = walk.new_axis(size, x.constant == 0)
+        made.append(axis)
+    return x._replace(axes=made)
 
 
 @rule("reshape")

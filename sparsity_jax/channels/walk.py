@@ -120,11 +120,11 @@ class Walk:
     separate = False  # branches that are only added are not tied
     zeroes = False  # sums that need zeros are noted, for a program that makes them, not frozen
 
-    def __init__(self, labels: Labels, inputs: Sequence[Value] = (), data: int = 0):
-        """data: bits of the inputs that may not be cut: no weights."""
+    data = 0  # bits of the inputs that may not be cut: no weights
+
+    def __init__(self, labels: Labels):
         self.labels = labels
-        self.inputs = list(inputs)
-        self.data = data
+        self.inputs: Values = []
         self.events: list[Frozen] = []
         self.roles: dict[Place, str] = {}
         self.exposed: set[Place] = set()
@@ -175,11 +175,12 @@ class Walk:
 
     def joined(self, axes: Sequence[Axis]) -> Axis:
         """The axis of a result that is that of several operands: all lose the same entries."""
-        for axis in axes[1:]:
-            self.tie(axes[0], axis)
+        first, *others = axes
+        for axis in others:
+            self.tie(first, axis)
         zeros = [axis.zero for axis in axes]
-        cleared = () if any(zeros) else axes[0].cleared
-        return Axis(axes[0].labels, all(zeros), cleared=cleared)
+        cleared = () if any(zeros) else first.cleared
+        return Axis(first.labels, all(zeros), (), cleared)
 
     def either(self, values: Sequence) -> Value:
         """An array that may be any of several of one shape; of the sources of the first."""
@@ -204,9 +205,13 @@ class Walk:
 
     def filled(self, shape: Shape, constant: float | None) -> Value:
         """An array that depends on no input: it may be cut but is not masked."""
-        zero = constant == 0
-        axes = [Axis(_new_labels(self.labels, size), zero) for size in shape]
+        axes = [self.new_axis(size, constant == 0) for size in shape]
         return Value(axes, constant)
+
+    def new_axis(self, size: int, zero: bool) -> Axis:
+        """An axis that is free to be cut; of one entry: frozen, for it cannot be shortened."""
+        labels = fixed(1) if size == 1 else self.labels.fresh(size)
+        return Axis(labels, zero)
 
     # The walk
 
@@ -245,11 +250,13 @@ class Walk:
     def find_events(self) -> None:
         """Which axes of inputs each event froze, if any; once, at the end."""
         frozen: dict = collections.defaultdict(dict)
-        for value in self.inputs:
-            for axis in value.axes:
-                if axis.origin:
-                    for date in np.unique(self.labels.dates(axis.labels)).tolist():
-                        frozen[date] |= dict.fromkeys(axis.origin)
+        axes = [axis for value in self.inputs for axis in value.axes if axis.origin]
+        labels = np.concatenate([fixed(0), *(axis.labels for axis in axes)])
+        numbers = np.repeat(np.arange(len(axes)), [axis.size for axis in axes])
+        changes = np.stack([numbers, self.labels.dates(labels)])
+        changes = changes[:, np.diff(changes, prepend=-1).any(0)]
+        for number, date in changes.T.tolist():
+            frozen[date] |= dict.fromkeys(axes[number].origin)
         for date, (reason, primitive, path, since) in enumerate(self._events, 1):
             if date in frozen:
                 members = tuple(frozen[date])
@@ -272,7 +279,7 @@ class Walk:
         axes = []
         for axis in value.axes:
             if not (axis.zero or axis.cleared):
-                axis = axis._replace(cleared=path)
+                axis = Axis(axis.labels, False, axis.origin, path)
             axes.append(axis)
         return value._replace(axes=axes)
 
@@ -330,13 +337,6 @@ class Walk:
         return programs
 
 
-def _new_labels(labels: Labels, size: int) -> np.ndarray:
-    """Of an axis that is free to be cut; of one entry: frozen, for it cannot be shortened."""
-    if size == 1:
-        return fixed(1)
-    return labels.fresh(size)
-
-
 def _sources(values: Values) -> int:
     return functools.reduce(operator.or_, (value.sources for value in values), 0)
 
@@ -368,29 +368,26 @@ def analyse(
     carried: results that lose the entries of an input, by number, such as running statistics; all
     others stay whole.
     """
-    labels = Labels()
-    inputs: Values = []
-    data = 0
+    walk = Walk(Labels())
+    walk.separate = branches == "separate"
+    walk.zeroes = zeroes
     for var, name in itertools.zip_longest(closed.jaxpr.invars, names):
-        source = 1 << len(inputs)
+        source = 1 << len(walk.inputs)
         if name is None:
-            data |= source
+            walk.data |= source
         inexact = jnp.issubdtype(var.aval.dtype, jnp.inexact)
         free = inexact and not whole and name is not None
         axes = []
         for a, size in enumerate(var.aval.shape):
-            new = _new_labels(labels, size) if free else fixed(size)
+            axis = walk.new_axis(size, True) if free else Axis(fixed(size), True)
             origin = () if name is None else ((name, a),)
-            axes.append(Axis(new, True, origin))
-        inputs.append(Value(axes, sources=source))
-    walk = Walk(labels, inputs, data)
-    walk.separate = branches == "separate"
-    walk.zeroes = zeroes
-    walk.program = walk.closed(closed, inputs)
+            axes.append(axis._replace(origin=origin))
+        walk.inputs.append(Value(axes, sources=source))
+    walk.program = walk.closed(closed, walk.inputs)
     carried = carried or {}
     for number, result in enumerate(walk.results(walk.program)):
         if number in carried:
-            walk.tie(result, inputs[carried[number]])
+            walk.tie(result, walk.inputs[carried[number]])
         else:
             walk.freeze(result, "is an output")
     walk.attribute("is an output", "output")
