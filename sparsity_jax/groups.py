@@ -319,9 +319,12 @@ def _entries(channels: Channels) -> tuple[list[Place], np.ndarray]:
     starts = np.repeat(np.cumsum([0, *sizes[:-1]]), sizes)
     positions = np.arange(len(numbers)) - starts
     every = np.concatenate([fixed(0), *axes])
-    parts = labels.parts(labels.find(every))
+    found = labels.find(every)
+    live = np.flatnonzero(found)
+    parts = labels.parts(found[live])
     rows, which = np.nonzero(parts)
-    entries = np.stack([parts[rows, which], numbers[rows], positions[rows]])
+    at = live[rows]
+    entries = np.stack([parts[rows, which], numbers[at], positions[at]])
     backwards = np.arange(entries.shape[1])[::-1]
     first = np.zeros(labels.num, int)  # of all assignments the last counts
     first[entries[0, backwards]] = backwards

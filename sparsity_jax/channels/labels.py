@@ -14,12 +14,13 @@ import numpy as np
 
 from sparsity_jax.types import Shape
 
-__all__ = ["FROZEN", "MOST", "Labels", "Pairs", "Row", "with_room"]
+__all__ = ["FROZEN", "LABEL", "MOST", "Labels", "Pairs", "Row", "with_room"]
 
-Row = np.ndarray  # int: the labels of entries, one after the other
+Row = np.ndarray  # int32: the labels of entries, one after the other
 Pairs = np.ndarray  # int [2, num]: labels, and one other for each
 
 FROZEN = 0
+LABEL = np.int32  # the type of labels
 MOST = 2**18  # composite labels that one merge may make; a larger product is frozen
 
 
@@ -36,10 +37,10 @@ class Labels:
     def __init__(self) -> None:
         self.date = 1
         self.num = 1
-        self._parent = np.zeros(1024, int)  # of every label; of a root, the label itself
-        self._dates = np.zeros(1024, int)  # of every root: when it was frozen, 0 if it was not
-        self._number = np.zeros(1024, int)  # of every composite label: its row in `_sets`
-        self._sets = np.zeros((1024, 1), int)  # the simple labels inside; row 0 is of no label
+        self._parent = np.zeros(1024, LABEL)  # of every label; of a root, the label itself
+        self._dates = np.zeros(1024, LABEL)  # of every root: when it was frozen, 0 if it was not
+        self._number = np.zeros(1024, LABEL)  # of every composite label: its row in `_sets`
+        self._sets = np.zeros((1024, 1), LABEL)  # the simple labels inside; row 0 is of no label
         self._names: dict[int, int] = {}  # composite labels by what they are made from
         self._starts: list[int] = []  # the first label of each axis that has new ones
 
@@ -52,7 +53,7 @@ class Labels:
     def fresh(self, num: int) -> Row:
         """`num` new labels, of one axis."""
         self._starts.append(self.num)
-        labels = np.arange(self.num, self.num + num)
+        labels = np.arange(self.num, self.num + num, dtype=LABEL)
         self.num += num
         if self.num > len(self._parent):
             self._parent = with_room(self._parent, self.num)
@@ -123,7 +124,7 @@ class Labels:
         if len(live) > 1 and size > MOST:
             every = np.concatenate(live)
             self.freeze(every)
-        merged = np.zeros(1, int)
+        merged = np.zeros(1, LABEL)
         for axis in axes:
             merged = self._product(merged, self.find(axis))
         return merged
@@ -133,7 +134,7 @@ class Labels:
         as a row."""
         grid = self.find(labels).reshape(shape)
         varies = [i for i in range(grid.ndim) if np.diff(grid, axis=i).any()]
-        axes = [np.zeros(size, int) for size in shape]
+        axes = [np.zeros(size, LABEL) for size in shape]
         if not varies:
             self.freeze(labels)  # all entries die at once, so none may
         elif len(varies) == 1:
@@ -233,7 +234,7 @@ class Labels:
         repeated = sets[:, 1:] == sets[:, :-1]
         sets[:, 1:][repeated] = FROZEN
         sets.sort(1)
-        names = np.zeros(len(sets), int)
+        names = np.zeros(len(sets), LABEL)
         for more in sets.T:
             names = self._pair(names, more)
         return names
@@ -246,7 +247,7 @@ class Labels:
         keys = _packed(names[larger], more[larger])
         keys, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
         known = map(self._names.get, keys.tolist(), itertools.repeat(FROZEN))
-        made = np.fromiter(known, int, len(keys))
+        made = np.fromiter(known, LABEL, len(keys))
         new = np.flatnonzero(made == FROZEN)
         if new.size:
             order = np.argsort(first[new])
@@ -383,8 +384,9 @@ def _unique(pairs: Pairs) -> Pairs:
 
 def _packed(first: Row, second: Row) -> Row:
     """One number per pair."""
-    return first << 32 | second
+    return first.astype(np.int64) << 32 | second
 
 
 def _unpacked(keys: Row) -> tuple[Row, Row]:
-    return keys >> 32, keys & 2**32 - 1
+    second = keys & 2**32 - 1
+    return (keys >> 32).astype(LABEL), second.astype(LABEL)

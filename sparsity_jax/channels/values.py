@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.extend import core
 
+from sparsity_jax.channels.labels import LABEL
 from sparsity_jax.types import Shape
 
 __all__ = [
@@ -114,7 +115,7 @@ class Order:
 @functools.lru_cache(maxsize=4096)
 def fixed(size: int) -> np.ndarray:
     """Labels of an axis that keeps all its entries."""
-    return np.zeros(size, int)
+    return np.zeros(size, LABEL)
 
 
 def whole(aval: Any) -> Value:

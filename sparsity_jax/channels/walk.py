@@ -253,8 +253,10 @@ class Walk:
         axes = [axis for value in self.inputs for axis in value.axes if axis.origin]
         labels = np.concatenate([fixed(0), *(axis.labels for axis in axes)])
         numbers = np.repeat(np.arange(len(axes)), [axis.size for axis in axes])
-        changes = np.stack([numbers, self.labels.dates(labels)])
-        changes = changes[:, np.diff(changes, prepend=-1).any(0)]
+        dates = self.labels.dates(labels)
+        is_frozen = np.flatnonzero(dates)
+        changes = np.stack([numbers[is_frozen], dates[is_frozen]])
+        changes = changes[:, np.diff(changes, prepend=0).any(0)]
         for number, date in changes.T.tolist():
             frozen[date] |= dict.fromkeys(axes[number].origin)
         for date, (reason, primitive, path, since) in enumerate(self._events, 1):
