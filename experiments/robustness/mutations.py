@@ -2315,7 +2315,7 @@ MUTATIONS = (
         "dropped step",
         "entries that are summed over are not made zero again",
         "channels/execute.py",
-        "                array = jnp.where(kept, array, jnp.zeros((), array.dtype))\n",
+        "            array = jnp.where(kept, array, jnp.zeros((), array.dtype))\n",
         "",
         "test_channel_patterns.py",
         "zeroed_sums and norm",

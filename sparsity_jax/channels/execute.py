@@ -58,7 +58,7 @@ class Alive(NamedTuple):
                 array = array.take(entries, position)
         return array
 
-    def zero(self, array: Any, value: Value) -> Any:
+    def zero(self, array: Any, value: Value, positions: Sequence[int]) -> Any:
         """The operand of a sum, in which removed entries must be zero: they are not there."""
         return array
 
@@ -90,13 +90,12 @@ class Zeroing(Alive):
     def cut(self, array: Any, value: Value) -> Any:
         return array
 
-    def zero(self, array: Any, value: Value) -> Any:
-        for position, axis in enumerate(value.axes):
-            if self.labels.is_live(axis.labels):
-                shape = [1] * array.ndim
-                shape[position] = -1
-                kept = self(axis.labels).reshape(shape)
-                array = jnp.where(kept, array, jnp.zeros((), array.dtype))
+    def zero(self, array: Any, value: Value, positions: Sequence[int]) -> Any:
+        for position in positions:
+            shape = [1] * array.ndim
+            shape[position] = -1
+            kept = self(value.axes[position].labels).reshape(shape)
+            array = jnp.where(kept, array, jnp.zeros((), array.dtype))
         return array
 
     def params(self, eqn: Any, operands: Values, results: Values) -> Fields:
@@ -130,7 +129,7 @@ def run(alive: Alive, program: Program, *arrays: Any) -> list:
         ins = _read(env, eqn.invars)
         if zeroed:
             value, *_ = program.known(eqn.invars)
-            ins[0] = alive.zero(ins[0], value)
+            ins[0] = alive.zero(ins[0], value, zeroed)
         outs = _run_equation(alive, program, eqn, ins, inner)
         env.update(zip(eqn.outvars, outs, strict=True))
         for var in _variables(eqn.invars):

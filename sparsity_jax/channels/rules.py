@@ -504,7 +504,7 @@ def _convolve(walk: Walk, eqn: Any, x: Value, kernel: Value) -> Value | Values:
         of_features, summed = _grouped(walk, features, groups)
         of_outputs, _ = _grouped(walk, outputs, groups)
         walk.tie(of_features, of_outputs)
-    walk.contract(summed, inputs, "a convolution sums")
+    walk.contract(summed, inputs, "a convolution sums", part_of=features)
     depthwise = inputs.size == 1 < groups
     walk.role(outputs, "depthwise" if depthwise else "producer")
     zero = outputs.zero

@@ -82,7 +82,9 @@ class Program(NamedTuple):
     consts: Sequence
     values: dict  # a Value for each variable
     inner: list[list]  # of each equation, in the order in which they run
-    zeroed: list[bool]  # of each equation, whether it needs zeros for removed entries once more
+    zeroed: list[
+        list[int]
+    ]  # of each, the axes of its first operand to make removed entries zero on
 
     def known(self, variables: Sequence) -> list[Value]:
         """What is known of these variables; of a literal, its shape."""

@@ -133,7 +133,7 @@ class Walk:
         self._path: list = []  # the equation at work, after those it is inside of
         self._reason = ""
         self._since: tuple = ()
-        self._needs_zeros = False  # the equation at work
+        self._asked: list[Axis] = []  # which the equation at work needs zeros along
         self.zeroed: list = []
         self._events: list[tuple] = []  # those that are dates of `labels`, and where they were
 
@@ -145,16 +145,15 @@ class Walk:
         if self.labels.freeze(entries.labels):
             self._reason = self._reason or reason
 
-    def need_zero(self, axis: Axis, reason: str) -> None:
-        """Removed entries of an operand must be zero for the equation at work, or the axis stays.
-
-        It is the first of its operands of which it asks this.
-        """
+    def need_zero(self, axis: Axis, reason: str, *, part_of: Axis | None = None) -> None:
+        """Removed entries of the first operand must be zero for the equation at work, or the axis
+        stays. part_of: the axis of that operand, if it is not the same."""
         if axis.zero:
             return
         if self.zeroes:
-            self._needs_zeros = True
-            self.zeroed.append(axis.labels)
+            if self.labels.is_live(axis.labels):
+                self._asked.append(part_of or axis)
+                self.zeroed.append(axis.labels)
         else:
             self._since = axis.cleared
             self.freeze(axis, reason)
@@ -188,11 +187,17 @@ class Walk:
         axes = list(map(self.joined, same))
         return Value(axes, sources=values[0].sources)
 
-    def contract(self, first: Axis, second: Axis, what: str) -> None:
-        """Axes summed over together: removed entries must be zero in one of the factors."""
+    def contract(
+        self, first: Axis, second: Axis, what: str, *, part_of: Axis | None = None
+    ) -> None:
+        """Axes summed over together: removed entries must be zero in one of the factors.
+
+        first, part_of: of the first operand, as in `need_zero`.
+        """
         self.tie(first, second)
-        if not (first.zero or second.zero):
-            self.need_zero(first, f"{what} over entries that are not zero when removed")
+        if not second.zero:
+            reason = f"{what} over entries that are not zero when removed"
+            self.need_zero(first, reason, part_of=part_of)
         for axis, other in ((first, second), (second, first)):
             self.role(axis, "consumer")
             if not other.zero:
@@ -226,15 +231,23 @@ class Walk:
         for eqn in jaxpr.eqns:
             self._path.append(eqn)
             ins = self._read(values, eqn.invars)
-            self._needs_zeros = False
+            self._asked = []
             outs, inner = self._equation(eqn, ins)
             self.attribute("ties it to entries that cannot be removed", eqn.primitive.name)
             outs = [self._clearing(out) for out in outs]
             self._path.pop()
             values.update(zip(eqn.outvars, outs, strict=True))
             program.inner.append(inner)
-            program.zeroed.append(self._needs_zeros and not inner)
+            program.zeroed.append([] if inner else self._positions(ins))
         return program
+
+    def _positions(self, ins: Values) -> list[int]:
+        """Of the axes of the first operand that the equation at work needs zeros along."""
+        if not self._asked:
+            return []
+        asked = [axis.labels for axis in self._asked]
+        is_asked = lambda axis: any(axis.labels is labels for labels in asked)
+        return [d for d, axis in enumerate(ins[0].axes) if is_asked(axis)]
 
     def results(self, program: Program) -> Values:
         return self._read(program.values, program.jaxpr.outvars)
