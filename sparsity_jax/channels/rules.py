@@ -466,7 +466,7 @@ def _grouped(walk: Walk, axis: Axis, count: int) -> list[Axis]:
 @_rule("reduce_xor", "argmax", "argmin")
 def _reduce(walk: Walk, eqn: Any, x: Value) -> Value:
     gone = eqn.params["axes"]
-    sums = eqn.primitive.name == "reduce_sum"
+    sums = eqn.primitive.name in ("reduce_sum", "psum")
     for axis in x.pick(gone).axes:
         if not sums:
             walk.freeze(axis, "looks for the largest, smallest or a product")
@@ -476,6 +476,15 @@ def _reduce(walk: Walk, eqn: Any, x: Value) -> Value:
     if 0 in x.shape and not sums:  # the largest of nothing is not zero
         out = nowhere_zero(out)
     return out
+
+
+@_rule("psum")
+def _sum_of_mapped(walk: Walk, eqn: Any, *ins: Value) -> Values:
+    """What is left of a sum over an axis that `vmap` has named."""
+    own = all(isinstance(axis, int) for axis in eqn.params["axes"])
+    if not own or eqn.params["axis_index_groups"]:
+        return unknown(walk, eqn, list(ins))
+    return [_reduce(walk, eqn, x) for x in ins]
 
 
 def _passing(walk: Walk, eqn: Any, x: Value, stopped: Iterable, reason: str) -> Value:
