@@ -104,7 +104,7 @@ RUNS = (
 )
 # in a folder, each may import those before it
 FOLDERS = {
-    "channels": ("labels", "values", "rules", "walk", "execute", "__init__"),
+    "channels": ("labels", "values", "rules", "walk", "carried", "execute", "__init__"),
     "data": (
         *("sets", "augment", "inputs", "streams"),
         *("loading", "__init__"),

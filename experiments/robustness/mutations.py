@@ -2270,6 +2270,36 @@ MUTATIONS = (
         "test_platforms.py",
         "masks_of_several",
     ),
+    Mutation(
+        419,
+        "dropped check",
+        "results are taken for new values of variables of their names that they do not depend on",
+        "channels/carried.py",
+        "if same and _is_computed(walk, node, first):",
+        "if same:",
+        "test_carry.py",
+        "results_that_are_like_variables",
+    ),
+    Mutation(
+        420,
+        "complement",
+        "results with numbers for names are recognised too, and those with names are not",
+        "channels/carried.py",
+        "if not fitting or is_inside or not all(map(_is_named, node)):",
+        "if not fitting or is_inside or all(map(_is_named, node)):",
+        "test_carry.py",
+        "recognised_and_told",
+    ),
+    Mutation(
+        421,
+        "dropped check",
+        "a function runs without channels that it does not let go alone",
+        "groups.py",
+        "if not np.array_equal(alive(axis.labels), kept):",
+        "if alive(axis.labels).shape != kept.shape:",
+        "test_carry.py",
+        "uses_fewer_variables",
+    ),
 )
 
 

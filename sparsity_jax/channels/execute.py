@@ -73,7 +73,7 @@ def run(alive: Alive, program: Program, *arrays: Any) -> list:
         for var in _variables(eqn.invars):
             if last[var] is eqn:
                 env.pop(var, None)
-    return _read(env, jaxpr.outvars)
+    return [_result(env, var) for var in jaxpr.outvars]
 
 
 def _variables(atoms: Arrays) -> list:
@@ -82,6 +82,12 @@ def _variables(atoms: Arrays) -> list:
 
 def _read(env: dict, atoms: Arrays) -> list:
     return [var.val if is_literal(var) else env[var] for var in atoms]
+
+
+def _result(env: dict, var: Any) -> Any:
+    if is_literal(var):
+        return jnp.asarray(var.val, var.aval.dtype)
+    return env[var]
 
 
 def _run_equation(alive: Alive, program: Program, eqn: Any, ins: Arrays, inner: list) -> Arrays:

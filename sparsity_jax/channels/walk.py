@@ -73,6 +73,7 @@ __all__ = [
     "Result",
     "Walk",
     "analyse",
+    "end",
     "line_of",
     "loop_operands",
     "read",
@@ -289,22 +290,13 @@ def _unnamed(value: Value) -> Value:
 # Whole programs ----------------------------------------------------------------------------------
 
 
-def analyse(
-    closed: Any,
-    names: Iterable,
-    *,
-    whole: bool = False,
-    branches: str = "tied",
-    carried: Mapping | None = None,
-) -> Walk:
+def analyse(closed: Any, names: Iterable, *, whole: bool = False, branches: str = "tied") -> Walk:
     """Walks a closed jaxpr. names: of the inputs that are weights; those behind them are data, and
     must not be cut.
 
     whole: no entry of any input may be removed.
     branches: `separate` does not tie what is only added together, such as the two sides of a skip
     connection: their entries can be masked one by one, but not cut out.
-    carried: results that lose the entries of an input, by number, such as running statistics; all
-    others stay whole.
     """
     labels = Labels()
     inputs: Values = []
@@ -324,15 +316,22 @@ def analyse(
     walk = Walk(labels, inputs, data)
     walk.separate = branches == "separate"
     walk.program = walk.closed(closed, inputs)
-    carried = carried or {}
+    return walk
+
+
+def end(walk: Walk, carried: Mapping[int, int]) -> None:
+    """Says what happens to the results, and finds what kept inputs whole.
+
+    carried: results that lose the entries of an input, by number, such as running statistics; all
+    others stay whole.
+    """
     for number, result in enumerate(walk.results(walk.program)):
         if number in carried:
-            walk.tie(result, inputs[carried[number]])
+            walk.tie(result, walk.inputs[carried[number]])
         else:
             walk.freeze(result, "is an output")
     walk.attribute("is an output", "output")
     walk.find_events()
-    return walk
 
 
 def read(function: Callable, *args: Any) -> Walk:
