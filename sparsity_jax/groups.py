@@ -141,7 +141,7 @@ def trace(
     """Groups of coupled channels of `apply(variables, *inputs)`, in its inference mode.
 
     variables, inputs: arrays or shape structs; nothing is computed. Axes of inputs and results are
-    never removed, nor are integer arrays.
+    never removed, nor are integer arrays. Sizes of inputs may be symbolic (`jax.export`).
     branches: `separate` lets the two sides of a skip connection be masked one by one, as the
     gradient-flow original does; such channels cannot be compacted.
     state: which results are new values of variables, such as running statistics; they lose the
@@ -506,7 +506,7 @@ def elastic(apply: Callable, channels: Channels, keep: Keep, *, state: State = N
     and random numbers (dropout) are those of the full size. Other input shapes or types than those
     traced (another batch size, bfloat16) are traced once more, and so is an `apply` that is not the
     one traced, such as that of training; it may use fewer of the variables, but must not couple
-    more channels.
+    more channels. Sizes of inputs may be symbolic, as `jax.export` has them.
     compact_variables: a tree as traced, or a dict of its arrays by path (`trees.named_leaves`),
     which any file format and `jax.export` can hold.
     state: see `trace`; by default that of the trace if it was of `apply`. These results lose the

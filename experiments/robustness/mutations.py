@@ -2300,6 +2300,26 @@ MUTATIONS = (
         "test_carry.py",
         "uses_fewer_variables",
     ),
+    Mutation(
+        422,
+        "dropped check",
+        "the numbers in place of symbolic sizes do not meet the constraints on these",
+        "channels/symbolic.py",
+        'value == 0 or (value > 0 and constraint.cmp.name == "GEQ")',
+        "value is not None and constraint is not None",
+        "test_symbolic.py",
+        "serve_all_sizes and pairs",
+    ),
+    Mutation(
+        423,
+        "wrong formula",
+        "a symbolic size stays what it was where entries of its axis are removed",
+        "channels/symbolic.py",
+        "divmod(size * other, number)",
+        "divmod(size * number, number)",
+        "test_symbolic.py",
+        "serve_all_sizes and heads",
+    ),
 )
 
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparsity_jax.channels import symbolic
 from sparsity_jax.channels.labels import Labels, with_room
 from sparsity_jax.channels.rules import Values
 from sparsity_jax.channels.values import Axis, Program, Value, is_literal, nowhere_zero
@@ -46,10 +47,16 @@ class Alive(NamedTuple):
         """How many entries stay, of those before `end`."""
         return int(self(axis.labels)[:end].sum())
 
+    def full_size(self, axis: Axis, size: Any) -> Any:
+        """Of an axis that has `size` entries left, maybe a symbolic number of them."""
+        return symbolic.scaled(size, self.count(axis), axis.size)
+
     def cut(self, array: Any, value: Value) -> Any:
+        """The living entries of an array; raises ValueError for a symbolic number of them."""
         for position, axis in enumerate(value.axes):
             kept = self(axis.labels)
             if not kept.all():
+                symbolic.check_number(array.shape[position])
                 entries = np.flatnonzero(kept)
                 array = array.take(entries, position)
         return array
@@ -100,8 +107,11 @@ def _run_equation(alive: Alive, program: Program, eqn: Any, ins: Arrays, inner: 
     results = program.known(eqn.outvars)
     if name in RESIZES:
         operands = program.known(eqn.invars)
-        sizes = Sizes(alive, params, operands, results)
-        params = params | RESIZES[name](sizes)
+        full = symbolic.numbers(params, program.stand_ins)
+        changed = RESIZES[name](Sizes(alive, full, operands, results))
+        if program.stand_ins:
+            changed = symbolic.restored(changed, full, params)
+        params = params | changed
     options = primitive.get_bind_params(params)
     outs = primitive.bind(*ins, **options)
     if not primitive.multiple_results:
@@ -221,7 +231,9 @@ def _run_scan(alive: Alive, eqn: Any, ins: Arrays, inner: list) -> Arrays:
         outs = run(alive, *inner, *given.consts, *carry, *each)
         return outs[:count], outs[count:]
 
-    options = _options(eqn, "length", "reverse", "unroll")
+    options = _options(eqn, "reverse", "unroll")
+    if not given.scanned:
+        options |= _options(eqn, "length")
     carry, outs = jax.lax.scan(turn, given.carry, given.scanned, **options)
     return [*carry, *outs]
 
@@ -264,14 +276,21 @@ def _slopes(given: Iterable, arrays: Arrays) -> list:
     slopes = iter(given)
     result = []
     for array in arrays:
-        slope = np.zeros(array.shape, jax.dtypes.float0)
         if _has_slope(array):
-            slope = next(slopes)
-        result.append(slope)
+            result.append(next(slopes))
+        else:
+            result.append(np.zeros(array.shape, jax.dtypes.float0))
     return result
 
 
-def _beside(alive: Alive, function: Callable, known: list, wanted: list, arrays: Arrays) -> list:
+def _beside(
+    alive: Alive,
+    stand_ins: symbolic.StandIns,
+    function: Callable,
+    known: list,
+    wanted: list,
+    arrays: Arrays,
+) -> list:
     """Results of another function of arrays in the program, e.g. a derivative, at the smaller
     sizes.
 
@@ -280,10 +299,11 @@ def _beside(alive: Alive, function: Callable, known: list, wanted: list, arrays:
     """
     structs = []
     for value, array in zip(known, arrays, strict=True):
-        struct = jax.ShapeDtypeStruct(value.shape, array.dtype)
-        structs.append(struct)
+        shape = list(map(alive.full_size, value.axes, array.shape))
+        structs.append(jax.ShapeDtypeStruct(shape, array.dtype))
     closed = jax.make_jaxpr(function)(*structs)
     walk = Walk(alive.labels.copy())
+    walk.stand_ins = stand_ins
     program = walk.closed(closed, known)
     for value, other in zip(walk.results(program), wanted, strict=True):
         walk.tie(value, other)
@@ -330,7 +350,7 @@ def _run_custom(alive: Alive, eqn: Any, ins: Arrays, inner: list) -> Arrays:
         arrays = [*primals, *_of_slopes(tangents, primals)]
         known = operands + operand_slopes
         wanted = results + result_slopes
-        both = _beside(alive, push, known, wanted, arrays)
+        both = _beside(alive, program.stand_ins, push, known, wanted, arrays)
         outs = both[: len(results)]
         slopes = both[len(results) :]
         return outs, _slopes(slopes, outs)
@@ -342,7 +362,7 @@ def _run_custom(alive: Alive, eqn: Any, ins: Arrays, inner: list) -> Arrays:
         # Slopes along removed channels need not be zero, even if the entries are.
         known = [*operands, *map(nowhere_zero, result_slopes)]
         arrays = [*primals, *_of_slopes(slopes, types)]
-        pulled = _beside(alive, pull, known, operand_slopes, arrays)
+        pulled = _beside(alive, program.stand_ins, pull, known, operand_slopes, arrays)
         return tuple(_slopes(pulled, primals))
 
     function: Any = functools.partial(run, alive, program)

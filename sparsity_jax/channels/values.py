@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.extend import core
 
+from sparsity_jax.channels.symbolic import StandIns
 from sparsity_jax.types import Shape
 
 __all__ = [
@@ -79,6 +80,7 @@ class Program(NamedTuple):
     consts: Sequence
     values: dict  # a Value for each variable
     inner: list[list]  # of each equation, in the order in which they run
+    stand_ins: StandIns
 
     def known(self, variables: Sequence) -> list[Value]:
         """What is known of these variables; of a literal, its shape."""

@@ -40,6 +40,7 @@ import collections
 import contextlib
 import functools
 import itertools
+import math
 import operator
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -49,6 +50,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparsity_jax.channels import symbolic
 from sparsity_jax.channels.labels import Labels
 from sparsity_jax.channels.rules import RULES, Values, unknown
 from sparsity_jax.channels.values import (
@@ -59,7 +61,6 @@ from sparsity_jax.channels.values import (
     Value,
     fixed,
     is_literal,
-    whole,
 )
 from sparsity_jax.types import Shape
 
@@ -110,7 +111,7 @@ class Walk:
     program: what was walked. inputs: what is known of its inputs. events: what froze axes of them.
     roles: producer, consumer, depthwise or window, of axes of inputs. exposed: axes that are summed
     over with entries that are not zero when removed. used: inputs that some equation reads.
-    multiplied: inputs that reach a product or convolution.
+    multiplied: inputs that reach a product or convolution. stand_ins: numbers for symbolic sizes.
     """
 
     program: Program
@@ -121,6 +122,7 @@ class Walk:
         self.labels = labels
         self.inputs = list(inputs)
         self.data = data
+        self.stand_ins: symbolic.StandIns = {}
         self.events: list[Frozen] = []
         self.roles: dict[Place, str] = {}
         self.exposed: set[Place] = set()
@@ -184,11 +186,12 @@ class Walk:
         variables = (*jaxpr.constvars, *jaxpr.invars)
         known = (*map(self._array, consts), *inputs)
         values = dict(zip(variables, known, strict=True))
-        program = Program(jaxpr, consts, values, [])
+        program = Program(jaxpr, consts, values, [], self.stand_ins)
         for eqn in jaxpr.eqns:
             self._path.append(eqn)
             ins = self._read(values, eqn.invars)
-            outs, inner = self._equation(eqn, ins)
+            numbered = symbolic.equation(eqn, self.stand_ins)
+            outs, inner = self._equation(numbered, ins)
             self.attribute("ties it to entries that cannot be removed", eqn.primitive.name)
             self._path.pop()
             values.update(zip(eqn.outvars, outs, strict=True))
@@ -220,12 +223,13 @@ class Walk:
     def _array(self, array: Any) -> Value:
         """A constant of the program."""
         constant = None
+        shape = symbolic.numbers(np.shape(array), self.stand_ins)
         with contextlib.suppress(TypeError, ValueError):  # keys have no such value
-            if 0 < np.size(array) < _LARGEST_CONSTANT:
+            if 0 < math.prod(shape) < _LARGEST_CONSTANT:
                 flat = np.asarray(array).ravel()
                 if np.isrealobj(flat) and (flat == flat[0]).all():
                     constant = float(flat[0])
-        return self.filled(np.shape(array), constant)
+        return self.filled(shape, constant)
 
     def _read(self, values: dict, variables: Sequence) -> Values:
         return [self._array(var.val) if is_literal(var) else values[var] for var in variables]
@@ -265,8 +269,9 @@ class Walk:
                 depends = [value.sources for value in ins]
             inputs = []
             for var, bits in zip(variables, depends):
-                value = whole(var.aval)
-                inputs.append(value._replace(sources=bits))
+                shape = symbolic.numbers(getattr(var.aval, "shape", ()), self.stand_ins)
+                axes = [Axis(fixed(size), False) for size in shape]
+                inputs.append(Value(axes, sources=bits))
             programs.append(self.closed(body, inputs))
         return programs
 
@@ -301,20 +306,23 @@ def analyse(closed: Any, names: Iterable, *, whole: bool = False, branches: str 
     labels = Labels()
     inputs: Values = []
     data = 0
-    for var, name in itertools.zip_longest(closed.jaxpr.invars, names):
+    jaxpr = closed.jaxpr
+    stand_ins = symbolic.choose(var.aval.shape for var in (*jaxpr.constvars, *jaxpr.invars))
+    for var, name in itertools.zip_longest(jaxpr.invars, names):
         source = 1 << len(inputs)
         if name is None:
             data |= source
         inexact = jnp.issubdtype(var.aval.dtype, jnp.inexact)
         free = inexact and not whole and name is not None
         axes = []
-        for a, size in enumerate(var.aval.shape):
+        for a, size in enumerate(symbolic.numbers(var.aval.shape, stand_ins)):
             new = _new_labels(labels, size) if free else fixed(size)
             origin = () if name is None else ((name, a),)
             axes.append(Axis(new, True, origin))
         inputs.append(Value(axes, sources=source))
     walk = Walk(labels, inputs, data)
     walk.separate = branches == "separate"
+    walk.stand_ins = stand_ins
     walk.program = walk.closed(closed, inputs)
     return walk
 
