@@ -13,10 +13,10 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax import jit, lax
+from jax import export, jit, lax
 from numpy.testing import assert_allclose
 
-from sparsity_jax import groups
+from sparsity_jax import groups, trees
 
 KEY = jax.random.key(0)
 RANDOM = np.random.default_rng(0)
@@ -274,6 +274,26 @@ def test_a_function_that_uses_fewer_variables_runs_with_the_channels_of_training
     small = groups.compact(network.start, inference, keep)
     with pytest.raises(ValueError, match="other channel groups"):
         groups.elastic(network.train, inference, keep)(small, X)
+
+
+@pytest.mark.parametrize(("name", "batch"), [("nnx", "batch"), ("equinox, moving averages", "4")])
+def test_steps_are_exported_with_variables_by_path(name, batch, double):
+    """`jax.export` knows the containers of neither framework."""
+    network = NETWORKS[name]()
+    channels = groups.trace(network.train, network.start, X, state=network.declared)
+    keep = {name: np.arange(8) % 3 > 0 for name in channels.names}
+    compact = lambda variables: groups.compact(variables, channels, keep)
+    run = groups.elastic(network.train, channels, keep)
+    by_path = jit(lambda arrays, x: trees.named_leaves(run(arrays, x)))
+    arrays = trees.named_leaves(compact(network.start))
+    inputs = jax.ShapeDtypeStruct((*export.symbolic_shape(batch), 5), X.dtype)
+    program = export.export(by_path)(arrays, inputs).serialize()
+    found = export.deserialize(program).call(arrays, X[:4])
+    params, state = network.parts(groups.mask(network.start, channels, keep))
+    logits, state = network.train(network.variables(params, state), X[:4])
+    _, state = network.parts(compact(network.variables(params, state)))
+    expected = trees.named_leaves((logits, state))
+    equal(expected, found)
 
 
 # Which results are new values --------------------------------------------------------------------
