@@ -272,10 +272,16 @@ def of_channels(channels: groups.Channels, unit: Unit) -> Callable:
     of all if there is no such entry. flops: of convolutions and matrix products, one multiply-add =
     2, for one example of the batch traced (the leading axis of the first input), padded positions
     included, as `flops`. Takes milliseconds: nothing is traced again.
+    Raises ValueError for flops of a program of symbolic sizes.
     """
     tables.convert(unit, Unit, "unit")
     inside = [path for path in channels.shapes if path.startswith("params/")]
     inside = inside or list(channels.shapes)
+    if unit == "flops" and channels.walked.stand_ins:
+        raise ValueError(
+            f"the program has the symbolic sizes {', '.join(channels.walked.stand_ins)}; allowed "
+            "for FLOPs: channels traced with numbers."
+        )
     _, inputs, _ = channels.signature
     batch, *_ = (*inputs[0].shape, 1) if inputs else (1,)
 

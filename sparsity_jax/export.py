@@ -180,7 +180,7 @@ def write(
         variables, apply, keep, channels = compaction.compacted(problem, state)
         sizes = channels.sizes
     shape = problem.image(1).shape[1:]
-    program = _traced(lambda image: apply(variables, image[None])[0], shape, platforms)
+    program = _traced(lambda images: apply(variables, images), shape, platforms)
     arrays = {path: np.asarray(leaf) for path, leaf in trees.named_leaves(variables).items()}
     described = {}
     for path, array in arrays.items():
@@ -212,13 +212,10 @@ def write(
 def _traced(
     network: Callable[[Array], Array], shape: Shape, platforms: Sequence[str]
 ) -> stablehlo.Exported:
-    """The program of a network of one image, for batches of any size.
-
-    It is analysed at known sizes, one image at a time under vmap, yet its batch may have any.
-    """
+    """The program of a network, for batches of any size. shape: of one image."""
     (batch,) = stablehlo.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, *shape), jnp.float32)
-    return stablehlo.export(jax.jit(jax.vmap(network)), platforms=tuple(platforms))(images)
+    return stablehlo.export(jax.jit(network), platforms=tuple(platforms))(images)
 
 
 def _write_files(folder: pathlib.Path, arrays: Arrays, program: bytes, about: Fields) -> None:

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsity_jax import tables, trees
-from sparsity_jax.channels import execute, rules, walk
+from sparsity_jax.channels import carried, execute, rules, walk
 from sparsity_jax.channels.labels import FROZEN
 from sparsity_jax.channels.values import Place, fixed
 from sparsity_jax.types import Arrays, Fields, PyTree
@@ -36,6 +36,7 @@ __all__ = [
     "Keep",
     "Member",
     "Members",
+    "State",
     "Struct",
     "Sums",
     "check",
@@ -59,6 +60,7 @@ Struct = jax.ShapeDtypeStruct
 Branches = Literal["tied", "separate"]
 Sums = Literal["frozen", "zeroed"]
 Keep = Mapping[str, Any]  # bool [channels] by name of group; a group left out keeps all
+State = str | Mapping[str, str] | None  # which results are new values of variables, see `trace`
 Members = list[tuple[str, "Member"]]  # each with the name of its group
 _ROLES = ("producer", "depthwise", "consumer", "other")  # a group is named after the first
 
@@ -94,9 +96,11 @@ class Channels(NamedTuple):
     apply: Callable
     walked: walk.Walk
     signature: tuple  # of the arguments it was traced for
+    variables: Any  # their tree
     results: Any  # their tree
     branches: Branches
     sums: Sums
+    state: carried.Places  # results that are new values of variables
 
     @property
     def names(self) -> list[str]:
@@ -146,21 +150,32 @@ def trace(
     *inputs: PyTree,
     branches: Branches = "tied",
     sums: Sums = "frozen",
+    state: State = None,
 ) -> Channels:
     """Groups of coupled channels of `apply(variables, *inputs)`, in its inference mode.
 
     variables, inputs: arrays or shape structs; nothing is computed. Axes of inputs and results are
-    never removed, nor are integer arrays.
+    never removed, nor are integer arrays. Sizes of inputs may be symbolic (`jax.export`).
     branches: `separate` lets the two sides of a skip connection be masked one by one, as the
     gradient-flow original does; such channels cannot be compacted.
     sums: `zeroed` finds more groups: those whose removed entries are summed over when they are not
     zero, as by a layer norm that subtracts the mean before it squares. Setting variables to zero is
     not enough for these: `masked` runs the function without them, `mask` refuses them.
-    Raises TypeError for an apply that cannot be traced and for variables that are no arrays.
+    state: which results are new values of variables, such as running statistics; they lose the
+    channels of these variables. By default those are recognised that have, below some path, the
+    names, shapes and types of all variables below another, and are computed from these; they are in
+    `channels.state` and in what `describe` tells. Others can be named: "1" if the second result has
+    the names of variables; `{"1": "2"}` if those are at another path or have numbers for names, as
+    in the lists of Keras; `{}` if there are none.
+    Raises TypeError for an apply that cannot be traced and for variables that are no arrays, and
+    ValueError for a `state` that names no such results or variables, or some of other shapes.
     """
     tables.convert(branches, Branches, "branches")
     tables.convert(sums, Sums, "sums")
-    return _traced(apply, variables, inputs, branches, sums)
+    channels = _traced(apply, variables, inputs, branches, sums, state)
+    _find_groups(channels)
+    channels.frozen.extend(_left(channels))
+    return channels
 
 
 def _traced(
@@ -169,9 +184,9 @@ def _traced(
     inputs: tuple,
     branches: Branches,
     sums: Sums,
-    state: str = "",
+    state: State,
 ) -> Channels:
-    """state: see `elastic`."""
+    """What `trace` finds, without the groups."""
     leaves = trees.named_leaves(variables)
     for path, leaf in leaves.items():
         if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
@@ -193,42 +208,27 @@ def _traced(
             "them into NumPy; call it in inference mode with all settings bound, e.g. "
             "functools.partial(model.apply, train=False)."
         ) from error
-    paths = list(leaves)
-    carried = {}
-    if state:
-        carried = _carried(result, paths, state)
-    zeroes = sums == "zeroed"
-    walked = walk.analyse(closed, paths, branches=branches, zeroes=zeroes, carried=carried)
-    channels = Channels(
+    walked = walk.analyse(closed, leaves, branches=branches, zeroes=sums == "zeroed")
+    ends = carried.leaves_of(result)
+    starts = carried.leaves_of(variables)
+    if state is None:
+        places = carried.recognised(walked, ends, starts)
+    else:
+        places = carried.declared(state, ends, starts)
+    walk.end(walked, carried.numbers(places, ends, starts))
+    return Channels(
         {},
         walked.events,
         {path: _struct(leaf) for path, leaf in leaves.items()},
         apply,
         walked,
-        _signature(variables, inputs),
+        _signature(leaves, inputs),
+        jax.tree.structure(variables),
         jax.tree.structure(result),
         branches,
         sums,
+        places,
     )
-    _find_groups(channels)
-    channels.frozen.extend(_left(channels))
-    return channels
-
-
-def _carried(result: PyTree, paths: list[str], state: str) -> dict:
-    """Numbers of the results below `state`, each with that of the variable it is the next of."""
-    start = f"{state}/"
-    leaves = list(trees.named_leaves(result))
-    below = [path for path in leaves if path.startswith(start)]
-    owned = _owners([path.removeprefix(start) for path in below], paths)
-    if not owned or len(owned) < len(below):
-        raise ValueError(
-            f"state is {state!r}; the results below it must have the paths of variables. Results: "
-            f"{leaves[:5]}, variables: {paths[:5]}."
-        )
-    numbers = map(leaves.index, below)
-    variables = map(paths.index, owned.values())
-    return dict(zip(numbers, variables))
 
 
 def _struct(leaf: Any) -> Struct:
@@ -241,10 +241,10 @@ def _abstract(leaf: Any) -> Any:
     return _struct(leaf)
 
 
-def _signature(variables: PyTree, inputs: tuple) -> tuple:
+def _signature(variables: Fields, inputs: tuple) -> tuple:
     """What a trace is valid for: types of the variables, whose shapes are known; all of inputs."""
     leaves, tree = jax.tree.flatten(inputs)
-    types = [leaf.dtype for leaf in jax.tree.leaves(variables)]
+    types = [leaf.dtype for leaf in variables.values()]
     structs = map(_struct, leaves)
     return tuple(types), tuple(structs), tree
 
@@ -539,89 +539,30 @@ def compact_shapes(channels: Channels, keep: Keep) -> dict[str, Struct]:
     return shapes
 
 
-def masked(apply: Callable, channels: Channels, keep: Keep) -> Callable:
+def masked(apply: Callable, channels: Channels, keep: Keep, *, state: State = None) -> Callable:
     """`function(variables, *inputs)`: what `apply` computes without the removed channels.
 
     Variables have their full shapes, and keep may be traced. For most groups it is
     `apply(mask(variables, channels, keep), *inputs)`. For those of `sums="zeroed"` it is a program
     that makes removed entries zero again before they are summed over; means are over the full
-    number. Other functions, input shapes and types than those traced: as in `elastic`.
+    number. Other input shapes and types than those traced, and another `apply` of the same groups,
+    are traced once more. state: as for `trace`.
     """
-    traced_for = _traces(apply, channels)
+    programs = _programs(apply, channels, state)
+    kept = complete(channels, keep)
 
     def function(variables: PyTree, *inputs: PyTree) -> PyTree:
-        traced = traced_for(variables, inputs)
-        leaves = jax.tree.leaves(_masked(variables, channels, complete(channels, keep)))
-        alive = traced.zeroing(keep)
-        arrays = [*leaves, *jax.tree.leaves(inputs)]
-        outs = execute.run(alive, traced.walked.program, *arrays)
-        return jax.tree.unflatten(traced.results, outs)
-
-    return function
-
-
-# Smaller programs --------------------------------------------------------------------------------
-
-
-def elastic(apply: Callable, channels: Channels, keep: Keep, *, state: str = "") -> Callable:
-    """`function(compact_variables, *inputs)`: what `apply` computes with masked variables.
-
-    The traced program is evaluated at the smaller sizes, so it is exact wherever masking is, for
-    any framework, under jit, grad and vmap; sizes written in the code of `apply` need no change,
-    and random numbers (dropout) are those of the full size. Other input shapes or types than those
-    traced (another batch size, bfloat16) are traced once more, and so is an `apply` that is not the
-    one traced, such as that of training; it must have the same groups.
-    state: path among the results of arrays with the names of variables, such as "1" if `apply`
-    returns (logits, running statistics): they lose the channels of these variables, too. All other
-    results have their full size.
-    Hand-written derivatives (`jax.custom_jvp`, `custom_vjp`) stay. Raises ValueError for one that
-    sums over channels which its function keeps apart, for variables of other shapes than `compact`
-    gives, and for a `state` that holds other arrays.
-    """
-    _check_tied(channels)
-    expected = compact_shapes(channels, keep)
-    traced_for = _traces(apply, channels, state)
-
-    def function(variables: PyTree, *inputs: PyTree) -> PyTree:
-        leaves = trees.named_leaves(variables)
-        for path, struct in expected.items():
-            _check_shape(path, leaves.get(path), struct, "compact")
-        for path in leaves:
-            if path not in expected:
-                raise ValueError(f"{path} is no array of the compact variables.")
-        traced = traced_for(variables, inputs)
+        leaves = trees.named_leaves(_masked(variables, channels, kept))
+        traced = programs(leaves, inputs)
+        if not traced.groups:
+            _find_groups(traced)
+        if _content(traced) != _content(channels):
+            raise ValueError("this function has other channel groups here: trace it anew.")
         arrays = [*leaves.values(), *jax.tree.leaves(inputs)]
-        outs = execute.run(traced.alive(keep), traced.walked.program, *arrays)
+        outs = execute.run(traced.zeroing(kept), traced.walked.program, *arrays)
         return jax.tree.unflatten(traced.results, outs)
 
     return function
-
-
-def _traces(apply: Callable, channels: Channels, state: str = "") -> Callable:
-    """`traced_for(variables, inputs)`: the channels of `apply` for arguments of their types."""
-    traces = {}
-    if apply == channels.apply and not state:
-        traces[channels.signature] = channels
-
-    def traced_for(variables: PyTree, inputs: tuple) -> Channels:
-        key = _signature(variables, inputs)
-        if key not in traces:
-            traces[key] = _anew(apply, variables, inputs, channels, state)
-        return traces[key]
-
-    return traced_for
-
-
-def _anew(
-    apply: Callable, variables: PyTree, inputs: tuple, channels: Channels, state: str
-) -> Channels:
-    """Another trace with the same groups, or ValueError. variables: of any sizes."""
-    full = lambda path, leaf: Struct(channels.shapes[path].shape, leaf.dtype)
-    variables = trees.map_named(full, variables)
-    again = _traced(apply, variables, inputs, channels.branches, channels.sums, state)
-    if _content(again) != _content(channels):
-        raise ValueError("this function has other channel groups here: trace it anew.")
-    return again
 
 
 def _content(channels: Channels) -> list:
@@ -630,6 +571,98 @@ def _content(channels: Channels) -> list:
     for name, (path, axis, index, *_) in channels.members:
         content.append((name, path, axis, index.shape, index.tobytes()))
     return sorted(content)
+
+
+# Smaller programs --------------------------------------------------------------------------------
+
+
+def elastic(apply: Callable, channels: Channels, keep: Keep, *, state: State = None) -> Callable:
+    """`function(compact_variables, *inputs)`: what `apply` computes with masked variables.
+
+    The traced program is evaluated at the smaller sizes, so it is exact wherever masking is, for
+    any framework, under jit, grad and vmap; sizes written in the code of `apply` need no change,
+    and random numbers (dropout) are those of the full size. Other input shapes or types than those
+    traced (another batch size, bfloat16) are traced once more, and so is an `apply` that is not the
+    one traced, such as that of training; it may use fewer of the variables, but must not couple
+    more channels. Sizes of inputs may be symbolic, as `jax.export` has them.
+    compact_variables: a tree as traced, or a dict of its arrays by path (`trees.named_leaves`),
+    which any file format and `jax.export` can hold.
+    state: see `trace`; by default that of the trace if it was of `apply`. These results lose the
+    channels of their variables, too. All other results have their full size.
+    Hand-written derivatives (`jax.custom_jvp`, `custom_vjp`) stay. Raises ValueError for one that
+    sums over channels which its function keeps apart, for variables of other shapes than `compact`
+    gives, for a wrong `state`, and for a function that cannot lose these channels.
+    """
+    _check_tied(channels)
+    expected = compact_shapes(channels, keep)
+    programs = _programs(apply, channels, state)
+
+    def function(variables: PyTree, *inputs: PyTree) -> PyTree:
+        given = trees.named_leaves(variables)
+        for path, struct in expected.items():
+            _check_shape(path, given.get(path), struct, "compact")
+        for path in given:
+            if path not in expected:
+                raise ValueError(f"{path} is no array of the compact variables.")
+        leaves = {path: given[path] for path in expected}
+        traced = programs(leaves, inputs)
+        alive = _alive_in(traced, channels, keep)
+        arrays = [*leaves.values(), *jax.tree.leaves(inputs)]
+        outs = execute.run(alive, traced.walked.program, *arrays)
+        return jax.tree.unflatten(traced.results, outs)
+
+    return function
+
+
+def _programs(apply: Callable, channels: Channels, state: State = None) -> Callable:
+    """`function(leaves, inputs)`: the trace that serves arguments of their types."""
+    if state is None and apply == channels.apply:
+        state = channels.state
+    known = {}
+    if apply == channels.apply and state == channels.state:
+        known[channels.signature] = channels
+
+    def find(leaves: Fields, inputs: tuple) -> Channels:
+        key = _signature(leaves, inputs)
+        if key not in known:
+            full = []
+            for path, leaf in leaves.items():
+                full.append(Struct(channels.shapes[path].shape, leaf.dtype))
+            variables = jax.tree.unflatten(channels.variables, full)
+            known[key] = _traced(apply, variables, inputs, channels.branches, channels.sums, state)
+        return known[key]
+
+    return find
+
+
+def _alive_in(again: Channels, channels: Channels, keep: Keep) -> execute.Alive:
+    """Which entries of another trace stay, if its variables lose those of `channels`.
+
+    Raises ValueError if it would lose others.
+    """
+    first = channels.alive(keep)
+    if again is channels:
+        return first
+    labels = again.walked.labels
+    known = np.zeros(labels.num, bool)
+    stays = np.zeros(labels.num, bool)
+    stays[FROZEN] = True
+    axes = []
+    for path, value in channels.inputs.items():
+        for a, (axis, other) in enumerate(zip(value.axes, again.inputs[path].axes, strict=True)):
+            kept = first(axis.labels)
+            parts = labels.parts(labels.find(other.labels))
+            known[parts] = True
+            stays[parts[kept]] = True
+            axes.append((f"{path} axis {a}", kept, other))
+    alive = execute.Alive(labels, known & ~stays, again.walked.zeroes)
+    for place, kept, axis in axes:
+        if not np.array_equal(alive(axis.labels), kept):
+            raise ValueError(
+                f"this function has other channel groups here: it cannot lose the removed entries "
+                f"of {place}, or not alone; trace it anew."
+            )
+    return alive
 
 
 def teach(primitive: str, rule: rules.Rule, *, resize: execute.Resize | None = None) -> None:
@@ -675,8 +708,12 @@ def check(
         full = jax.jit(anew)(mask(variables, channels, keep), *inputs)
     small = compact(variables, channels, keep)
     compacted = jax.jit(elastic(apply, channels, keep))(small, *inputs)
+    traced = _programs(apply, channels)(trees.named_leaves(small), inputs)
+    alive = _alive_in(traced, channels, keep)
+    ends = traced.walked.results(traced.walked.program)
+    cut = list(map(alive.cut, jax.tree.leaves(full), ends))  # new values of variables lose entries
     flat = []
-    for results in (full, compacted):
+    for results in (cut, compacted):
         vector, _ = jax.flatten_util.ravel_pytree(results)
         flat.append(vector)
     first, second = np.asarray(flat, complex)
@@ -728,7 +765,17 @@ def describe(channels: Channels) -> str:
         if since:
             reason = f"{reason} since {since}"
         lines.append(f"    {places}: {reason}")
-    return "\n".join(lines)
+    return "\n".join(lines + _renewed(channels))
+
+
+def _renewed(channels: Channels) -> list[str]:
+    """Which results are new values of variables, as lines of text."""
+    lines = []
+    if channels.state:
+        lines.append("results that are new values of variables, and lose their channels:")
+    for place, origin in channels.state.items():
+        lines.append(f"    {place or 'all'} of {origin or 'all'}")
+    return lines
 
 
 def layout(channels: Channels) -> Fields:

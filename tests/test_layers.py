@@ -104,7 +104,10 @@ RUNS = (
 )
 # in a folder, each may import those before it
 FOLDERS = {
-    "channels": ("labels", "values", "rules", "indexing", "walk", "execute", "__init__"),
+    "channels": (
+        *("labels", "symbolic", "values", "rules", "indexing", "walk"),
+        *("carried", "execute", "__init__"),
+    ),
     "data": (
         *("sets", "augment", "inputs", "streams"),
         *("loading", "__init__"),

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparsity_jax.channels import symbolic
 from sparsity_jax.channels.labels import Labels, with_room
 from sparsity_jax.channels.rules import Values
 from sparsity_jax.channels.values import Axis, Program, Value, fixed, is_literal, nowhere_zero
@@ -50,10 +51,16 @@ class Alive(NamedTuple):
         """How many entries stay, of those before `end`."""
         return int(self(axis.labels)[:end].sum())
 
+    def full_size(self, axis: Axis, size: Any) -> Any:
+        """Of an axis that has `size` entries left, maybe a symbolic number of them."""
+        return symbolic.scaled(size, self.count(axis), axis.size)
+
     def cut(self, array: Any, value: Value) -> Any:
+        """The living entries of an array; raises ValueError for a symbolic number of them."""
         for position, axis in enumerate(value.axes):
             kept = self(axis.labels)
             if not kept.all():
+                symbolic.check_number(array.shape[position])
                 entries = np.flatnonzero(kept)
                 array = array.take(entries, position)
         return array
@@ -62,13 +69,17 @@ class Alive(NamedTuple):
         """The operand of a sum, in which removed entries must be zero: they are not there."""
         return array
 
-    def params(self, eqn: Any, operands: Values, results: Values) -> Fields:
-        """Parameters of the equation at the smaller sizes."""
+    def params(self, program: Program, eqn: Any) -> Fields:
+        """Parameters of an equation at the smaller sizes."""
         name = eqn.primitive.name
         if name not in RESIZES:
             return eqn.params
-        sizes = Sizes(self, eqn.params, operands, results)
-        return eqn.params | RESIZES[name](sizes)
+        full = symbolic.numbers(eqn.params, program.stand_ins)
+        sizes = Sizes(self, full, program.known(eqn.invars), program.known(eqn.outvars))
+        changed = RESIZES[name](sizes)
+        if program.stand_ins:
+            changed = symbolic.restored(changed, full, eqn.params)
+        return eqn.params | changed
 
     def beside(self, labels: Labels) -> "Alive":
         """The same of labels that more were added to."""
@@ -84,8 +95,8 @@ class Zeroing(Alive):
     """Which labels live in a program of the full size, in which removed entries are made zero
     where they are summed over. removed: may be traced."""
 
-    def shape(self, value: Value) -> Shape:
-        return value.shape
+    def count(self, axis: Axis, end: int | None = None) -> int:
+        return len(axis.labels[:end])
 
     def cut(self, array: Any, value: Value) -> Any:
         return array
@@ -98,7 +109,7 @@ class Zeroing(Alive):
             array = jnp.where(kept, array, jnp.zeros((), array.dtype))
         return array
 
-    def params(self, eqn: Any, operands: Values, results: Values) -> Fields:
+    def params(self, program: Program, eqn: Any) -> Fields:
         return eqn.params
 
     def beside(self, labels: Labels) -> "Zeroing":
@@ -135,7 +146,7 @@ def run(alive: Alive, program: Program, *arrays: Any) -> list:
         for var in _variables(eqn.invars):
             if last[var] is eqn:
                 env.pop(var, None)
-    return _read(env, jaxpr.outvars)
+    return [_result(env, var) for var in jaxpr.outvars]
 
 
 def _variables(atoms: Arrays) -> list:
@@ -146,6 +157,12 @@ def _read(env: dict, atoms: Arrays) -> list:
     return [var.val if is_literal(var) else env[var] for var in atoms]
 
 
+def _result(env: dict, var: Any) -> Any:
+    if is_literal(var):
+        return jnp.asarray(var.val, var.aval.dtype)
+    return env[var]
+
+
 def _run_equation(alive: Alive, program: Program, eqn: Any, ins: Arrays, inner: list) -> Arrays:
     primitive = eqn.primitive
     params = eqn.params
@@ -153,17 +170,17 @@ def _run_equation(alive: Alive, program: Program, eqn: Any, ins: Arrays, inner: 
     if name in INNER:
         run_inner = _RUNS.get(name, _run_call)
         return run_inner(alive, eqn, ins, inner)
-    operands = program.known(eqn.invars)
-    results = program.known(eqn.outvars)
     if name == "slice" and params["strides"]:
-        return [_take(alive, params, operands[0], *ins)]
-    params = alive.params(eqn, operands, results)
-    options = primitive.get_bind_params(params)
+        (value,) = program.known(eqn.invars)
+        if alive.shape(value) != value.shape:
+            bounds = symbolic.numbers(params, program.stand_ins)
+            return [_take(alive, bounds, value, *ins)]
+    options = primitive.get_bind_params(alive.params(program, eqn))
     outs = primitive.bind(*ins, **options)
     if not primitive.multiple_results:
         outs = [outs]
     if name in _DRAWS:
-        outs = list(map(alive.cut, outs, results))
+        outs = list(map(alive.cut, outs, program.known(eqn.outvars)))
     return outs
 
 
@@ -174,7 +191,8 @@ def _take(alive: Alive, params: Fields, value: Value, array: Any) -> Any:
         wanted = np.zeros(axis.size, bool)
         wanted[slice(*bound)] = True
         there = alive.cut(wanted, Value([axis]))
-        array = array.take(np.flatnonzero(there), position)
+        if not there.all():
+            array = array.take(np.flatnonzero(there), position)
     return array
 
 
@@ -288,7 +306,9 @@ def _run_scan(alive: Alive, eqn: Any, ins: Arrays, inner: list) -> Arrays:
         outs = run(alive, *inner, *given.consts, *carry, *each)
         return outs[:count], outs[count:]
 
-    options = _options(eqn, "length", "reverse", "unroll")
+    options = _options(eqn, "reverse", "unroll")
+    if not given.scanned:
+        options |= _options(eqn, "length")
     carry, outs = jax.lax.scan(turn, given.carry, given.scanned, **options)
     return [*carry, *outs]
 
@@ -339,14 +359,21 @@ def _slopes(given: Iterable, arrays: Arrays) -> list:
     slopes = iter(given)
     result = []
     for array in arrays:
-        slope = np.zeros(array.shape, jax.dtypes.float0)
         if _has_slope(array):
-            slope = next(slopes)
-        result.append(slope)
+            result.append(next(slopes))
+        else:
+            result.append(np.zeros(array.shape, jax.dtypes.float0))
     return result
 
 
-def _beside(alive: Alive, function: Callable, known: list, wanted: list, arrays: Arrays) -> list:
+def _beside(
+    alive: Alive,
+    stand_ins: symbolic.StandIns,
+    function: Callable,
+    known: list,
+    wanted: list,
+    arrays: Arrays,
+) -> list:
     """Results of another function of arrays in the program, e.g. a derivative, at the smaller
     sizes.
 
@@ -355,11 +382,12 @@ def _beside(alive: Alive, function: Callable, known: list, wanted: list, arrays:
     """
     structs = []
     for value, array in zip(known, arrays, strict=True):
-        struct = jax.ShapeDtypeStruct(value.shape, array.dtype)
-        structs.append(struct)
+        shape = list(map(alive.full_size, value.axes, array.shape))
+        structs.append(jax.ShapeDtypeStruct(shape, array.dtype))
     closed = jax.make_jaxpr(function)(*structs)
     walk = Walk(alive.labels.copy())
     walk.zeroes = alive.zeroes
+    walk.stand_ins = stand_ins
     program = walk.closed(closed, known)
     for value, other in zip(walk.results(program), wanted, strict=True):
         walk.tie(value, other)
@@ -404,7 +432,7 @@ def _run_custom(alive: Alive, eqn: Any, ins: Arrays, inner: list) -> Arrays:
         arrays = [*primals, *_of_slopes(tangents, primals)]
         known = operands + operand_slopes
         wanted = results + result_slopes
-        both = _beside(alive, push, known, wanted, arrays)
+        both = _beside(alive, program.stand_ins, push, known, wanted, arrays)
         outs = both[: len(results)]
         slopes = both[len(results) :]
         return outs, _slopes(slopes, outs)
@@ -416,7 +444,7 @@ def _run_custom(alive: Alive, eqn: Any, ins: Arrays, inner: list) -> Arrays:
         # Slopes along removed channels need not be zero, even if the entries are.
         known = [*operands, *map(nowhere_zero, result_slopes)]
         arrays = [*primals, *_of_slopes(slopes, types)]
-        pulled = _beside(alive, pull, known, operand_slopes, arrays)
+        pulled = _beside(alive, program.stand_ins, pull, known, operand_slopes, arrays)
         return tuple(_slopes(pulled, primals))
 
     function: Any = functools.partial(run, alive, program)

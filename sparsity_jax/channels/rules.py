@@ -269,11 +269,6 @@ def _sum(walk: Walk, eqn: Any, x: Value, y: Value) -> Value | Values:
     return elementwise(all_zero)(walk, eqn, [x, y])
 
 
-@rule("psum", "psum_invariant", "pmax", "pmin")
-def _over_devices(walk: Walk, eqn: Any, *ins: Value) -> Values:
-    return [value._replace(constant=None) for value in ins]
-
-
 @rule("bitcast_convert_type")
 def _bitcast(walk: Walk, eqn: Any, x: Value) -> Values:
     same = shape_of(eqn) == x.shape  # else bytes are an axis
@@ -530,8 +525,11 @@ def _grouped(walk: Walk, axis: Axis, count: int) -> list[Axis]:
 @rule("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or")
 @rule("reduce_xor", "argmax", "argmin")
 def _reduce(walk: Walk, eqn: Any, x: Value) -> Value:
-    gone = eqn.params["axes"]
-    name = eqn.primitive.name
+    return _reduced(walk, eqn.primitive.name, x, eqn.params["axes"])
+
+
+def _reduced(walk: Walk, name: str, x: Value, gone: Sequence[int]) -> Value:
+    """What the primitive `name` makes of an array without the axes `gone`."""
     sums = name == "reduce_sum"
     for axis in x.pick(gone).axes:
         if sums:
@@ -542,6 +540,21 @@ def _reduce(walk: Walk, eqn: Any, x: Value) -> Value:
     if 0 in x.shape and not sums:  # the largest of nothing is not zero
         out = nowhere_zero(out)
     return out
+
+
+_OVER_DEVICES = {
+    **dict.fromkeys(("psum", "psum_invariant"), "reduce_sum"),
+    "pmax": "reduce_max",
+    "pmin": "reduce_min",
+}
+
+
+@rule(*_OVER_DEVICES)
+def _over_devices(walk: Walk, eqn: Any, *ins: Value) -> Values:
+    """Also over axes that `vmap` has named, which have numbers here."""
+    gone = [axis for axis in eqn.params["axes"] if isinstance(axis, int)]
+    name = _OVER_DEVICES[eqn.primitive.name]
+    return [_reduced(walk, name, x, gone) for x in ins]
 
 
 def passing(walk: Walk, eqn: Any, x: Value, stopped: Iterable, reason: str) -> Value:

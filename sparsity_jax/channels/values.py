@@ -8,6 +8,7 @@ import numpy as np
 from jax.extend import core
 
 from sparsity_jax.channels.labels import LABEL
+from sparsity_jax.channels.symbolic import StandIns
 from sparsity_jax.types import Shape
 
 __all__ = [
@@ -82,9 +83,8 @@ class Program(NamedTuple):
     consts: Sequence
     values: dict  # a Value for each variable
     inner: list[list]  # of each equation, in the order in which they run
-    zeroed: list[
-        list[int]
-    ]  # of each, the axes of its first operand to make removed entries zero on
+    zeroed: list[list[int]]  # of each, the axes of its first operand to make removed entries 0 on
+    stand_ins: StandIns
 
     def known(self, variables: Sequence) -> list[Value]:
         """What is known of these variables; of a literal, its shape."""

@@ -41,6 +41,7 @@ import collections
 import contextlib
 import functools
 import itertools
+import math
 import operator
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -50,6 +51,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparsity_jax.channels import symbolic
 from sparsity_jax.channels.indexing import RULES
 from sparsity_jax.channels.labels import Labels
 from sparsity_jax.channels.rules import Values, unknown
@@ -61,7 +63,6 @@ from sparsity_jax.channels.values import (
     Value,
     fixed,
     is_literal,
-    whole,
 )
 from sparsity_jax.types import Shape
 
@@ -75,6 +76,7 @@ __all__ = [
     "Result",
     "Walk",
     "analyse",
+    "end",
     "line_of",
     "loop_operands",
     "read",
@@ -113,7 +115,7 @@ class Walk:
     roles: producer, consumer, depthwise or window, of axes of inputs. exposed: axes that are summed
     over with entries that are not zero when removed. used: inputs that some equation reads.
     multiplied: inputs that reach a product or convolution. zeroed: labels of axes that are summed
-    over once removed entries are zero again.
+    over once removed entries are zero again. stand_ins: numbers for symbolic sizes.
     """
 
     program: Program
@@ -125,6 +127,7 @@ class Walk:
     def __init__(self, labels: Labels):
         self.labels = labels
         self.inputs: Values = []
+        self.stand_ins: symbolic.StandIns = {}
         self.events: list[Frozen] = []
         self.roles: dict[Place, str] = {}
         self.exposed: set[Place] = set()
@@ -227,12 +230,13 @@ class Walk:
         variables = (*jaxpr.constvars, *jaxpr.invars)
         known = (*map(self._array, consts), *inputs)
         values = dict(zip(variables, known, strict=True))
-        program = Program(jaxpr, consts, values, [], [])
+        program = Program(jaxpr, consts, values, [], [], self.stand_ins)
         for eqn in jaxpr.eqns:
             self._path.append(eqn)
             ins = self._read(values, eqn.invars)
+            numbered = symbolic.equation(eqn, self.stand_ins)
             self._asked = []
-            outs, inner = self._equation(eqn, ins)
+            outs, inner = self._equation(numbered, ins)
             self.attribute("ties it to entries that cannot be removed", eqn.primitive.name)
             outs = [self._clearing(out) for out in outs]
             self._path.pop()
@@ -301,12 +305,13 @@ class Walk:
     def _array(self, array: Any) -> Value:
         """A constant of the program."""
         constant = None
+        shape = symbolic.numbers(np.shape(array), self.stand_ins)
         with contextlib.suppress(TypeError, ValueError):  # keys have no such value
-            if 0 < np.size(array) < _LARGEST_CONSTANT:
+            if 0 < math.prod(shape) < _LARGEST_CONSTANT:
                 flat = np.asarray(array).ravel()
                 if np.isrealobj(flat) and (flat == flat[0]).all():
                     constant = float(flat[0])
-        return self.filled(np.shape(array), constant)
+        return self.filled(shape, constant)
 
     def _read(self, values: dict, variables: Sequence) -> Values:
         return [self._array(var.val) if is_literal(var) else values[var] for var in variables]
@@ -346,8 +351,9 @@ class Walk:
                 depends = [value.sources for value in ins]
             inputs = []
             for var, bits in zip(variables, depends):
-                value = whole(var.aval)
-                inputs.append(value._replace(sources=bits))
+                shape = symbolic.numbers(getattr(var.aval, "shape", ()), self.stand_ins)
+                axes = [Axis(fixed(size), False) for size in shape]
+                inputs.append(Value(axes, sources=bits))
             programs.append(self.closed(body, inputs))
         return programs
 
@@ -371,7 +377,6 @@ def analyse(
     whole: bool = False,
     branches: str = "tied",
     zeroes: bool = False,
-    carried: Mapping | None = None,
 ) -> Walk:
     """Walks a closed jaxpr. names: of the inputs that are weights; those behind them are data, and
     must not be cut.
@@ -380,26 +385,34 @@ def analyse(
     branches: `separate` does not tie what is only added together, such as the two sides of a skip
     connection: their entries can be masked one by one, but not cut out.
     zeroes: sums over entries that are not zero when removed freeze nothing; see `execute.Zeroing`.
-    carried: results that lose the entries of an input, by number, such as running statistics; all
-    others stay whole.
     """
+    jaxpr = closed.jaxpr
     walk = Walk(Labels())
     walk.separate = branches == "separate"
     walk.zeroes = zeroes
-    for var, name in itertools.zip_longest(closed.jaxpr.invars, names):
+    walk.stand_ins = symbolic.choose(var.aval.shape for var in (*jaxpr.constvars, *jaxpr.invars))
+    for var, name in itertools.zip_longest(jaxpr.invars, names):
         source = 1 << len(walk.inputs)
         if name is None:
             walk.data |= source
         inexact = jnp.issubdtype(var.aval.dtype, jnp.inexact)
         free = inexact and not whole and name is not None
         axes = []
-        for a, size in enumerate(var.aval.shape):
+        for a, size in enumerate(symbolic.numbers(var.aval.shape, walk.stand_ins)):
             axis = walk.new_axis(size, True) if free else Axis(fixed(size), True)
             origin = () if name is None else ((name, a),)
             axes.append(axis._replace(origin=origin))
         walk.inputs.append(Value(axes, sources=source))
     walk.program = walk.closed(closed, walk.inputs)
-    carried = carried or {}
+    return walk
+
+
+def end(walk: Walk, carried: Mapping[int, int]) -> None:
+    """Says what happens to the results, and finds what kept inputs whole.
+
+    carried: results that lose the entries of an input, by number, such as running statistics; all
+    others stay whole.
+    """
     for number, result in enumerate(walk.results(walk.program)):
         if number in carried:
             walk.tie(result, walk.inputs[carried[number]])
@@ -407,7 +420,6 @@ def analyse(
             walk.freeze(result, "is an output")
     walk.attribute("is an output", "output")
     walk.find_events()
-    return walk
 
 
 def read(function: Callable, *args: Any) -> Walk:
@@ -542,7 +554,8 @@ def _sharded(walk: Walk, eqn: Any, ins: Values) -> Result:
     body = eqn.params["jaxpr"]
     inputs = []
     for value, var in zip(ins, body.invars, strict=True):
-        inputs.append(_resharded(walk, value, var.aval.shape))
+        shape = symbolic.numbers(var.aval.shape, walk.stand_ins)
+        inputs.append(_resharded(walk, value, shape))
     program = walk.closed(body, inputs)
     outs = []
     for value, var in zip(walk.results(program), eqn.outvars, strict=True):
