@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsity_jax import tables, trees
-from sparsity_jax.channels import carried, execute, rules, walk
+from sparsity_jax.channels import carried, execute, kinds, rules, walk
 from sparsity_jax.channels.labels import FROZEN
 from sparsity_jax.channels.values import Place, fixed
 from sparsity_jax.types import Arrays, Fields, PyTree
@@ -75,6 +75,8 @@ class Member(NamedTuple):
     role: str
     # a consumer of what is not zero where other members are, e.g. behind a sigmoid
     exposed: bool = False
+    # of a vector: `scale` if channels are multiplied by it, as in a norm, `shift` if it is added
+    term: str = ""
 
 
 class Group(NamedTuple):
@@ -85,6 +87,7 @@ class Group(NamedTuple):
     members: tuple[Member, ...]
     labels: np.ndarray  # int [size], of the channels in the walked program
     zeroed: bool = False  # removed entries are zero in sums only if `masked` makes them so
+    kind: str = ""  # what its channels are: heads, hidden units, ... (`channels.kinds`)
 
 
 class Channels(NamedTuple):
@@ -279,13 +282,21 @@ def _find_groups(channels: Channels) -> None:
             place = places[number]
             path, axis = place
             role = walked.roles.get(place, "other")
-            member = Member(path, axis, index, role, place in walked.exposed)
+            term = walked.terms.get(place, "")
+            member = Member(path, axis, index, role, place in walked.exposed, term)
             members.append(member)
         names = _names(members, paths)
         name = next(name for name in names if name not in channels.groups)
         own_labels = labels[rows]
         needs = bool(np.isin(own_labels, zeroed).any())
         channels.groups[name] = Group(name, len(rows), tuple(members), own_labels, needs)
+    told = kinds.of_groups(
+        walked,
+        {name: group.labels for name, group in channels.groups.items()},
+        {name: len(group.members) for name, group in channels.groups.items()},
+    )
+    for name, kind in told.items():
+        channels.groups[name] = channels.groups[name]._replace(kind=kind)
 
 
 def _runs(
@@ -745,13 +756,13 @@ def describe(channels: Channels) -> str:
     lines = [f"{len(channels.groups)} groups, {total} channels"]
     for group in channels.groups.values():
         told = ", zeroed in sums" if group.zeroed else ""
-        lines.append(f"{group.name}: {group.size} channels{told}")
-        for path, axis, index, role, _ in group.members:
-            place = f"{path} axis {axis}"
-            copies = index.shape[1]
+        lines.append(f"{group.name}: {group.size} {group.kind}{told}")
+        for member in group.members:
+            place = f"{member.path} axis {member.axis}"
+            copies = member.index.shape[1]
             if copies > 1:
                 place += f" x {copies}"
-            lines.append(f"    {place} ({role})")
+            lines.append(f"    {place} ({member.term or member.role})")
     if channels.frozen:
         lines.append("kept whole:")
     for reason, primitive, source, members, since in channels.frozen:

@@ -353,7 +353,7 @@ def score(
     members = [member for member in group.members if not left_out.fullmatch(member.path)]
     arrays = leaves[needed[0]]
     if measure.on != "kernel":
-        parts = _norms(members, measure.on, arrays)
+        parts = _norms(members, measure.on)
     else:
         parts = [[member] for member in members if _is_scored(member, aggregate, arrays)]
     if not parts:
@@ -374,19 +374,28 @@ def _is_scored(member: Member, aggregate: str, leaves: Fields) -> bool:
     return coupling.is_weight(member, leaves)
 
 
-def _norms(members: list, on: str, leaves: Fields) -> list:
-    """Every norm's scale, with its bias if `on` is `norm` and it has one."""
-    others = {member.path: member for member in members if member.role == "other"}
+def _norms(members: list[Member], on: str) -> list[list[Member]]:
+    """Every norm's scale, with its shift if `on` is `norm` and it has one.
+
+    That is the shift beside the scale, the first after it if there are several.
+    """
     parts = []
-    for path, member in others.items():
-        name = trees.last_name(path)
-        vector = jnp.ndim(leaves.get(path, 0)) == 1
-        if name == "scale" or (name == "weight" and vector):  # Flax; Equinox
-            head, _, tail = path.rpartition(name)
-            bias = others.get(f"{head}bias{tail}")
-            both = on == "norm" and bias
-            parts.append([member, bias] if both else [member])
+    for i, scale in enumerate(members):
+        if scale.term != "scale":
+            continue
+        part = [scale]
+        for member in (*members[i:], *members[:i]):
+            is_beside = _module(member) == _module(scale)
+            if on == "norm" and member.term == "shift" and is_beside:
+                part.append(member)
+                break
+        parts.append(part)
     return parts
+
+
+def _module(member: Member) -> str:
+    """Path of what an array is part of."""
+    return member.path.removesuffix("/value").rpartition("/")[0]
 
 
 def _rows(values: Array, member: Member) -> Array:

@@ -317,6 +317,20 @@ FOREIGN = {
     "tied embedding": tied_embedding,
 }
 
+KINDS = {  # what a human calls the channels of each group, in order of use
+    "vit": ("channels", "heads", "head dimensions", "head dimensions", "hidden units"),
+    "shared heads": (
+        *("residual channels", "key-value heads", "query heads of each"),
+        *("head dimensions", "head dimensions", "hidden units"),
+    ),
+    "fused qkv": (
+        *("residual channels", "heads", "head dimensions"),
+        *("head dimensions", "hidden units"),
+    ),
+    "gated": ("channels", "hidden units"),
+    "lstm": ("hidden units", "hidden units"),
+}
+
 CHANNELS = {  # sizes of the groups
     "densenet": (6, 6, 6, 8),
     "resnext": (

@@ -153,6 +153,47 @@ def test_channels_by_hand_and_nothing_left_out(name):
         assert event.primitive
 
 
+@pytest.mark.parametrize("name", foreign.KINDS)
+def test_kinds_of_channels(name):
+    channels = traced(name)
+    assert tuple(group.kind for group in channels.groups.values()) == foreign.KINDS[name]
+    for group in channels.groups.values():
+        assert f"{group.name}: {group.size} {group.kind}\n" in groups.describe(channels)
+
+
+def test_experts_are_a_kind():
+    """All experts work on every example; those with a closed gate can go."""
+    variables = dict(
+        gate=foreign.normal(0, 5, 4),
+        up=foreign.normal(1, 4, 5, 6),
+        down=foreign.normal(2, 4, 6, 3),
+    )
+
+    def apply(v, x):
+        h = jax.nn.relu(jnp.einsum("bi,eih->ebh", x, v["up"]))
+        outs = jnp.einsum("ebh,eho->ebo", h, v["down"])
+        return jnp.einsum("be,ebo->bo", jax.nn.relu(x @ v["gate"]), outs)
+
+    channels = groups.trace(apply, variables, X)
+    kinds = {group.kind: group.size for group in channels.groups.values()}
+    assert kinds == {"experts": 4, "hidden units": 6}
+    compare(apply, variables, (X,), channels, keeps(channels, 1))
+
+
+@pytest.mark.parametrize("name", ["vgg", "resnet", "vit", "groupnorm", "nnx"])
+def test_scales_and_shifts_of_norms(name):
+    """As their names say, which the analysis does not look at."""
+    channels = traced(name)
+    terms = {"scale": "scale", "bias": "shift"}
+    told = 0
+    for path, axis in members(channels):
+        last = trees.last_name(path)
+        if last in terms and len(channels.shapes[path].shape) == 1:
+            assert members(channels)[path, axis].term == terms[last]
+            told += 1
+    assert told > 2
+
+
 def compare_slopes(loss, function, variables, channels, keep):
     """The masked and the compact network have the same gradient of `loss(function)(variables)`,
     which is returned.

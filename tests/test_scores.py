@@ -19,7 +19,8 @@ import tiny
 from numpy.random import default_rng
 from numpy.testing import assert_allclose, assert_array_equal
 
-from sparsity_jax import losses, models, saliency, scores, trees
+from sparsity_jax import groups, losses, models, saliency, scores, trees
+from sparsity_jax.groups import Member
 
 FILE = "06_filter_importance.npz"
 GOLDEN = golden_data.load(FILE)
@@ -50,13 +51,6 @@ nets = pytest.mark.parametrize("net", sorted(NETS))
 TIGHT = {"rtol": 1e-9, "atol": 1e-11}
 
 
-class Member(NamedTuple):
-    path: str
-    axis: int
-    index: np.ndarray
-    role: str
-
-
 def tracker(**options):
     """(init(params), update(state, params, grads)) of the average alone."""
     tx = saliency.track(optax.set_to_zero(), **options)
@@ -71,8 +65,8 @@ class Group(NamedTuple):
         return len(self.members[0].index)
 
 
-def member(path, axis, size, role):
-    return Member(path, axis, np.arange(size)[:, None], role)
+def member(path, axis, size, role, term=""):
+    return Member(path, axis, np.arange(size)[:, None], role, term=term)
 
 
 # The original's networks --------------------------------------------------------------------------
@@ -117,7 +111,10 @@ def original(net):
     groups = []
     for kernel, scale, bias in zip(names[:-2:3], names[1:-2:3], names[2:-2:3]):
         size = len(GOLDEN[f"{net}/params/{scale}"])
-        norm = [member(f"params/{paths[name]}", 0, size, "other") for name in (scale, bias)]
+        terms = {scale: "scale", bias: "shift"}
+        norm = [
+            member(f"params/{paths[name]}", 0, size, "other", term) for name, term in terms.items()
+        ]
         groups.append(Group((member(f"params/{paths[kernel]}", 3, size, "producer"), *norm)))
     batches = range(len(SIZES))
     x = np.concatenate([GOLDEN[f"{net}/x"][i][: SIZES[i]] for i in batches]).transpose(0, 2, 3, 1)
@@ -608,13 +605,13 @@ def example(seed, dtype=np.float64):
     group = Group(
         (
             member("conv1/kernel", 3, CHANNELS, "producer"),
-            member("bn1/bias", 0, CHANNELS, "other"),
+            member("bn1/bias", 0, CHANNELS, "other", "shift"),
             Member("conv2/kernel", 3, shuffled, "producer"),
-            Member("conv2/bias", 0, shuffled, "other"),
-            member("bn1/scale", 0, CHANNELS, "other"),
+            Member("conv2/bias", 0, shuffled, "other", term="shift"),
+            member("bn1/scale", 0, CHANNELS, "other", "scale"),
             member("bn1/mean", 0, CHANNELS, "other"),  # running statistics are never read
             member("depthwise/kernel", -1, CHANNELS, "other"),
-            member("norm2/scale", 0, CHANNELS, "other"),
+            member("norm2/scale", 0, CHANNELS, "other", "scale"),
             Member("fc/kernel", 0, np.arange(4 * CHANNELS).reshape(4, CHANNELS).T, "consumer"),
         )
     )
@@ -814,13 +811,27 @@ def test_members_can_be_skipped():
     assert_allclose(kernels, jnp.abs(statistics.w["conv1"]["kernel"]).sum((0, 1, 2)), rtol=1e-6)
 
 
-def test_norms_are_found_under_other_frameworks_names():
+def test_norms_are_found_under_any_names():
+    """By what the function does with them: two norms, of which one has a shift, and a bias."""
+    array = lambda *values: jnp.array(values, jnp.float32)
     w = {
-        "bn": {"scale": {"value": jnp.array([1.0, -2.0])}, "bias": {"value": jnp.array([3.0, 0.0])}}
+        "one": {"gain": {"value": array(1, -2)}, "add": {"value": array(3, 0)}},
+        "two": {"g": array(5, 6)},
+        "dense": {"w": jnp.ones((3, 2)), "b": array(7, 7)},
+        "mean": array(1, 1),
+        "out": jnp.ones((2, 4)),
     }
-    w |= {"norm": {"weight": jnp.array([5.0, 6.0])}, "dw": {"weight": jnp.ones((2, 1, 3, 3))}}
-    paths = ("bn/scale/value", "bn/bias/value", "norm/weight", "dw/weight")
-    group = Group(tuple(member(path, 0, 2, "other") for path in paths))
+
+    def apply(w, x):
+        x = x @ w["dense"]["w"] + w["dense"]["b"]
+        x = (x - w["mean"]) * w["one"]["gain"]["value"] + w["one"]["add"]["value"]
+        return (x * w["two"]["g"]) @ w["out"]
+
+    channels = groups.trace(apply, w, jnp.ones((1, 3)))
+    (group,) = channels.groups.values()
+    terms = {one.path: one.term for one in group.members if one.term}
+    shifts = dict.fromkeys(("dense/b", "one/add/value"), "shift")
+    assert terms == shifts | dict.fromkeys(("one/gain/value", "two/g"), "scale")
     statistics = scores.Statistics(w=w, g2=jax.tree.map(jnp.ones_like, w))
     assert_array_equal(scores.score("bn", statistics, group, aggregate="sum"), [6, 8])
     assert_array_equal(

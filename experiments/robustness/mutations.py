@@ -2420,6 +2420,26 @@ MUTATIONS = (
         "test_symbolic.py",
         "serve_all_sizes and heads",
     ),
+    Mutation(
+        434,
+        "wrong value",
+        "what is added to channels passes for what they are multiplied by",
+        "channels/walk.py",
+        '"add": "shift", "add_any"',
+        '"add": "scale", "add_any"',
+        "test_groups.py",
+        "scales_and_shifts",
+    ),
+    Mutation(
+        435,
+        "complement",
+        "query heads pass for the heads of keys and values that they share",
+        "channels/kinds.py",
+        "kinds |= {queries: _QUERIES, shared: _SHARED}",
+        "kinds |= {queries: _SHARED, shared: _QUERIES}",
+        "test_groups.py",
+        "kinds_of_channels",
+    ),
 )
 
 

@@ -260,12 +260,13 @@ def _integer_power(walk: Walk, eqn: Any, x: Value) -> Values:
 
 @rule("add", "sub", "add_any")
 def _sum(walk: Walk, eqn: Any, x: Value, y: Value) -> Value | Values:
-    both = x.sources & walk.data and y.sources & walk.data
-    if walk.separate and both and x.shape == y.shape:
+    if walk.is_data(x) and walk.is_data(y) and x.shape == y.shape:
         first = walk.labels.find(x.labels)
         second = walk.labels.find(y.labels)
         if not np.array_equal(first, second):  # they are equal e.g. in x + x**3
-            return walk.whole(eqn.outvars[0].aval, "adds branches")
+            if walk.separate:
+                return walk.whole(eqn.outvars[0].aval, "adds branches")
+            walk.note("residual", x.axes)
     return elementwise(all_zero)(walk, eqn, [x, y])
 
 
@@ -442,18 +443,32 @@ def _pad(walk: Walk, eqn: Any, x: Value, fill: Value) -> Value:
 @rule("dot_general")
 def _dot(walk: Walk, eqn: Any, *ins: Value) -> Value:
     summed, batch = eqn.params["dimension_numbers"]
-    for pair in _pairs(ins, summed):
-        walk.contract(*pair, "a product sums")
-    axes = []
+    inside = []
+    for first, second in _pairs(ins, summed):
+        walk.contract(first, second, "a product sums")
+        inside.append(first)
+    along = []
     for pair in _pairs(ins, batch):
         zero = any(axis.zero for axis in pair)
-        axes.append(walk.joined(pair)._replace(zero=zero))
+        along.append(walk.joined(pair)._replace(zero=zero))
+    free = []
     for value, *gone in zip(ins, summed, batch):
-        free = value.drop(sum(gone, ()))
-        for axis in free.axes:
+        for axis in value.drop(sum(gone, ())).axes:
             walk.role(axis, "producer")
-            axes.append(axis.unnamed)
-    return Value(axes)
+            free.append(axis.unnamed)
+    _note_product(walk, ins, along, [*inside, *free])
+    return Value([*along, *free])
+
+
+def _note_product(walk: Walk, ins: Sequence, along: Sequence[Axis], rest: Sequence[Axis]) -> None:
+    """A product of activations along heads, the rest being their dimensions, or of experts."""
+    if not any(walk.labels.is_live(axis.labels) for axis in along):
+        return
+    if all(map(walk.is_data, ins)):
+        walk.note("heads", along)
+        walk.note("head", rest)
+    else:
+        walk.note("experts", along)
 
 
 def _pairs(values: Sequence, positions: Sequence) -> Iterator:
@@ -506,6 +521,7 @@ def _convolve(walk: Walk, eqn: Any, x: Value, kernel: Value) -> Value | Values:
     if depthwise and groups == outputs.size:
         zero = zero or features.zero
     made = Axis(outputs.labels, zero)
+    walk.note("filters", [made])
     out_batch, out_features, *_ = spec.out_spec
     result = walk.whole(eqn.outvars[0].aval, "is a convolution's space")
     result = result.put(out_batch, batch.unnamed)

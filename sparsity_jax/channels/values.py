@@ -51,6 +51,7 @@ class Value(NamedTuple):
     constant: float | None = None  # the value of all entries, if it is known to be one
     sources: int = 0  # bit i is set if the array depends on input i
     nonnegative: bool = False  # no entry can be below 0
+    given: bool = False  # an input as it is, but for shape and type
 
     @property
     def shape(self) -> Shape:

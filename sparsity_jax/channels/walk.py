@@ -82,6 +82,9 @@ __all__ = [
     "read",
 ]
 
+_SAME_ARRAY = "broadcast_in_dim convert_element_type copy reshape slice squeeze transpose"
+_RESHAPES = frozenset(_SAME_ARRAY.split())
+_TERMS = {"mul": "scale", "add": "shift", "add_any": "shift"}  # of a vector, after the operation
 PRODUCTS = ("dot_general", "conv_general_dilated")
 # Work that the shapes do not tell, or in foreign code: never walked.
 _OPAQUE = """
@@ -113,7 +116,8 @@ class Walk:
 
     program: what was walked. inputs: what is known of its inputs. events: what froze axes of them.
     roles: producer, consumer, depthwise or window, of axes of inputs. exposed: axes that are summed
-    over with entries that are not zero when removed. used: inputs that some equation reads.
+    over with entries that are not zero when removed. terms: scale or shift, of axes of vectors that
+    entries are multiplied by or that are added to them. used: inputs that some equation reads.
     multiplied: inputs that reach a product or convolution. zeroed: labels of axes that are summed
     over once removed entries are zero again. stand_ins: numbers for symbolic sizes.
     """
@@ -131,6 +135,8 @@ class Walk:
         self.events: list[Frozen] = []
         self.roles: dict[Place, str] = {}
         self.exposed: set[Place] = set()
+        self.terms: dict[Place, str] = {}
+        self.uses: list[tuple[str, np.ndarray]] = []  # see `kinds`, each with labels of an axis
         self.used = Order()
         self.multiplied = Order()
         self._path: list = []  # the equation at work, after those it is inside of
@@ -210,6 +216,14 @@ class Walk:
         """What is done with an axis of an input: the first role counts."""
         for place in axis.origin:
             self.roles.setdefault(place, role)
+
+    def note(self, use: str, axes: Iterable[Axis]) -> None:
+        """What is done along axes of activations, for `kinds`."""
+        self.uses += [(use, axis.labels) for axis in axes]
+
+    def is_data(self, value: Value) -> bool:
+        """Whether an array depends on inputs that are no weights."""
+        return value.sources & self.data > 0
 
     def filled(self, shape: Shape, constant: float | None) -> Value:
         """An array that depends on no input: it may be cut but is not masked."""
@@ -330,7 +344,20 @@ class Walk:
             inner = self._enter(eqn, ins, sources)
         if sources & self.data:  # no weight's entries
             outs = list(map(_unnamed, outs))
-        return [out._replace(sources=sources) for out in outs], inner
+        if name in _TERMS:
+            self._note_terms(_TERMS[name], ins, sources)
+        given = name in _RESHAPES and ins[0].given
+        return [out._replace(sources=sources, given=given) for out in outs], inner
+
+    def _note_terms(self, term: str, ins: Values, sources: int) -> None:
+        """Vectors that the entries of a product or sum are multiplied by, or shifted by."""
+        if term == "shift" and not sources & self.data:
+            return  # e.g. a variance and its epsilon
+        for value in ins:
+            named = [axis for axis in value.axes if axis.origin and axis.size > 1]
+            if value.given and len(named) == 1:
+                for place in named[0].origin:
+                    self.terms.setdefault(place, term)
 
     def use(self, name: str, ins: Values) -> int:
         """Notes which inputs an equation reads; returns bits of those it depends on."""
@@ -402,7 +429,7 @@ def analyse(
             axis = walk.new_axis(size, True) if free else Axis(fixed(size), True)
             origin = () if name is None else ((name, a),)
             axes.append(axis._replace(origin=origin))
-        walk.inputs.append(Value(axes, sources=source))
+        walk.inputs.append(Value(axes, sources=source, given=True))
     walk.program = walk.closed(closed, walk.inputs)
     return walk
 
