@@ -4,11 +4,10 @@ The walk notes what products and sums do along which axes: `heads` are along a p
 activations, `experts` along one of activations with weights of each, and so on.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from sparsity_jax.channels.labels import Labels
 from sparsity_jax.channels.walk import Walk
 
 __all__ = ["of_groups"]
@@ -35,24 +34,32 @@ def of_groups(walk: Walk, groups: Mapping[str, np.ndarray], members: Mapping[str
         owners[groups[name]] = number
     uses: dict[str, set] = {name: set() for name in names}
     together = set()
-    for use, axis in walk.uses:
-        for number_set in _owner_sets(walk.labels, owners, axis):
-            for number in number_set:
-                uses[names[number]].add(use)
-            if use == "heads" and len(number_set) == 2:
-                together.add(number_set)
+    for use, *numbers in _used(walk, owners):
+        own_names = {names[number] for number in numbers if number >= 0}
+        for name in own_names:
+            uses[name].add(use)
+        if use == "heads" and len(own_names) == 2:
+            together.add(frozenset(own_names))
     kinds = {}
     for name, own in uses.items():
         fitting = (kind for use, kind in _KINDS.items() if use in own)
         kinds[name] = next(fitting, _OTHERS)
     for pair in together:  # heads of queries that share one of keys and values
-        queries, shared = sorted((names[number] for number in pair), key=members.__getitem__)
+        queries, shared = sorted(pair, key=members.__getitem__)
         kinds |= {queries: _QUERIES, shared: _SHARED}
     return kinds
 
 
-def _owner_sets(labels: Labels, owners: np.ndarray, axis: np.ndarray) -> set[frozenset]:
-    """The groups that entries of an axis are of, several for an entry that dies with any."""
-    parts = labels.parts(labels.find(axis))
-    rows = np.unique(owners[parts], axis=0)
-    return {frozenset(number for number in row if number >= 0) for row in rows.tolist()}
+def _used(walk: Walk, owners: np.ndarray) -> Iterator[tuple]:
+    """(use, numbers of groups ...) of entries, several for one that dies with any, -1 for none."""
+    if not walk.uses:
+        return
+    uses, axes = zip(*walk.uses)
+    which = np.repeat(np.arange(len(uses)), list(map(len, axes)))
+    found = walk.labels.find(np.concatenate(axes))
+    live = np.flatnonzero(found)
+    parts = walk.labels.parts(found[live])
+    rows = np.column_stack([which[live], owners[parts]])
+    changes = np.diff(rows, axis=0, prepend=-1).any(1)  # neighbours are mostly alike
+    for number, *numbers in np.unique(rows[changes], axis=0).tolist():
+        yield (uses[number], *numbers)
