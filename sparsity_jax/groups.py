@@ -14,8 +14,7 @@ which arrays belong to each channel. What the analysis cannot follow stays whole
 """
 
 import collections
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -24,9 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsity_jax import tables, trees
-from sparsity_jax.channels import carried, execute, kinds, rules, walk
+from sparsity_jax.channels import carried, execute, grouping, rules, walk
+from sparsity_jax.channels.grouping import Group, Groups, Member
 from sparsity_jax.channels.labels import FROZEN
-from sparsity_jax.channels.values import Place, fixed
 from sparsity_jax.types import Arrays, Fields, PyTree
 
 __all__ = [
@@ -61,39 +60,13 @@ Branches = Literal["tied", "separate"]
 Sums = Literal["frozen", "zeroed"]
 Keep = Mapping[str, Any]  # bool [channels] by name of group; a group left out keeps all
 State = str | Mapping[str, str] | None  # which results are new values of variables, see `trace`
-Members = list[tuple[str, "Member"]]  # each with the name of its group
-_ROLES = ("producer", "depthwise", "consumer", "other")  # a group is named after the first
-
-
-class Member(NamedTuple):
-    """One axis of one array of the variables, and where on it each channel of a group is."""
-
-    path: str  # e.g. params/conv1/kernel
-    axis: int
-    index: np.ndarray  # type: ignore[assignment]  # int [channels, copies]
-    # producer: a kernel's outputs; consumer: its inputs; depthwise: both; other: biases, norms
-    role: str
-    # a consumer of what is not zero where other members are, e.g. behind a sigmoid
-    exposed: bool = False
-    # of a vector: `scale` if channels are multiplied by it, as in a norm, `shift` if it is added
-    term: str = ""
-
-
-class Group(NamedTuple):
-    """Channels that can be removed, each with all its members."""
-
-    name: str
-    size: int
-    members: tuple[Member, ...]
-    labels: np.ndarray  # int [size], of the channels in the walked program
-    zeroed: bool = False  # removed entries are zero in sums only if `masked` makes them so
-    kind: str = ""  # what its channels are: heads, hidden units, ... (`channels.kinds`)
+Members = list[tuple[str, Member]]  # each with the name of its group
 
 
 class Channels(NamedTuple):
     """What `trace` finds: data, and the walked program that `elastic` runs."""
 
-    groups: dict[str, Group]
+    groups: Groups
     frozen: list[walk.Frozen]  # operations that keep axes of the variables whole, by path
     shapes: dict[str, Struct]  # by path, of the full variables
     apply: Callable
@@ -128,6 +101,11 @@ class Channels(NamedTuple):
     def inputs(self) -> Fields:
         """What the walk knows of each variable, by path."""
         return dict(zip(self.shapes, self.walked.inputs))
+
+    def find_groups(self) -> None:
+        """Adds the groups."""
+        found = grouping.find(self.walked, self.inputs, self.used)
+        self.groups.update(found)
 
     def alive(self, keep: Keep) -> execute.Alive:
         """Which entries of the program stay; raises as `complete` does. keep: not traced."""
@@ -176,8 +154,10 @@ def trace(
     tables.convert(branches, Branches, "branches")
     tables.convert(sums, Sums, "sums")
     channels = _traced(apply, variables, inputs, branches, sums, state)
-    _find_groups(channels)
-    channels.frozen.extend(_left(channels))
+    channels.find_groups()
+    walked = channels.walked
+    left = grouping.left_over(walked, channels.inputs, channels.used, channels.groups)
+    channels.frozen.extend(left)
     return channels
 
 
@@ -250,132 +230,6 @@ def _signature(variables: Fields, inputs: tuple) -> tuple:
     types = [leaf.dtype for leaf in variables.values()]
     structs = map(_struct, leaves)
     return tuple(types), tuple(structs), tree
-
-
-def _find_groups(channels: Channels) -> None:
-    """Adds the groups: channels that are entries of the same axes.
-
-    Groups and their members are in the order in which the program uses them.
-    """
-    walked = channels.walked
-    used = set(channels.used)
-    zeroed = walked.needing_zeros()
-    paths = {path: number for number, path in enumerate(channels.shapes)}
-    places, (labels, numbers, positions) = _entries(channels)
-    starts = np.flatnonzero(np.diff(labels, prepend=FROZEN))
-    sizes = np.diff(starts, append=len(labels))
-    axes = walked.labels.axis_of(labels[starts])
-    alike = collections.defaultdict(list)
-    for run in _runs(numbers, starts, sizes, axes):
-        copies = numbers[starts[run[0]] :][: sizes[run[0]]]
-        alike[copies.tobytes(), axes[run[0]]].extend(starts[run].tolist())
-    for (buffer, _), found in alike.items():
-        copies = np.frombuffer(buffer, int)
-        own, first = np.unique(copies, return_index=True)
-        if len(found) < 2 or not any(places[number][0] in used for number in own):
-            continue
-        rows = np.array(found)
-        entries = np.add.outer(rows, np.arange(len(copies)))
-        indices = np.split(positions[entries], first[1:], 1)
-        members = []
-        for number, index in zip(own, indices):
-            place = places[number]
-            path, axis = place
-            role = walked.roles.get(place, "other")
-            term = walked.terms.get(place, "")
-            member = Member(path, axis, index, role, place in walked.exposed, term)
-            members.append(member)
-        names = _names(members, paths)
-        name = next(name for name in names if name not in channels.groups)
-        own_labels = labels[rows]
-        needs = bool(np.isin(own_labels, zeroed).any())
-        channels.groups[name] = Group(name, len(rows), tuple(members), own_labels, needs)
-    told = kinds.of_groups(
-        walked,
-        {name: group.labels for name, group in channels.groups.items()},
-        {name: len(group.members) for name, group in channels.groups.items()},
-    )
-    for name, kind in told.items():
-        channels.groups[name] = channels.groups[name]._replace(kind=kind)
-
-
-def _runs(
-    numbers: np.ndarray, starts: np.ndarray, sizes: np.ndarray, axes: np.ndarray
-) -> Iterable[np.ndarray]:
-    """Neighbours among labels that are of one axis and have entries in the same places."""
-    before = np.arange(len(numbers)) - np.repeat(sizes, sizes)  # the same entry of the one before
-    same = np.logical_and.reduceat(numbers == numbers[before], starts)
-    same &= np.diff(sizes, prepend=0) == 0
-    same &= np.diff(axes, prepend=-1) == 0
-    runs = np.split(np.arange(len(starts)), np.flatnonzero(~same))
-    return filter(len, runs)
-
-
-def _entries(channels: Channels) -> tuple[list[Place], np.ndarray]:
-    """Places (path, axis) in the variables, and int [3, num]: what dies with each simple label.
-
-    Columns: a label, the number of a place, a position there. Labels are in the order in which they
-    first occur, the columns of each in that of places and positions.
-    """
-    labels = channels.walked.labels
-    inputs = channels.inputs
-    places: list[Place] = []
-    axes = []
-    for path in dict.fromkeys((*channels.used, *inputs)):
-        for a, axis in enumerate(inputs[path].axes):
-            places.append((path, a))
-            axes.append(axis.labels)
-    sizes = list(map(len, axes))
-    numbers = np.repeat(np.arange(len(axes)), sizes)
-    starts = np.repeat(np.cumsum([0, *sizes[:-1]]), sizes)
-    positions = np.arange(len(numbers)) - starts
-    every = np.concatenate([fixed(0), *axes])
-    found = labels.find(every)
-    live = np.flatnonzero(found)
-    parts = labels.parts(found[live])
-    rows, which = np.nonzero(parts)
-    at = live[rows]
-    entries = np.stack([parts[rows, which], numbers[at], positions[at]])
-    backwards = np.arange(entries.shape[1])[::-1]
-    first = np.zeros(labels.num, int)  # of all assignments the last counts
-    first[entries[0, backwards]] = backwards
-    order = np.argsort(first[entries[0]], kind="stable")
-    return places, entries[:, order]
-
-
-def _names(members: list[Member], paths: Mapping[str, int]) -> Iterator[str]:
-    """Path of the first array that makes the channels, without `kernel`, and longer names.
-
-    paths: of all variables, with their numbers.
-    """
-
-    def rank(member: Member) -> tuple:
-        return _ROLES.index(member.role), paths[member.path]
-
-    first = min(members, key=rank)
-    name = first.path
-    module, _, _ = name.removesuffix("/value").rpartition("/")
-    if module and trees.is_kernel(name):
-        name = module
-    yield name
-    yield f"{name}[{first.axis}]"
-    for number in itertools.count(2):
-        yield f"{name}[{first.axis}].{number}"
-
-
-def _left(channels: Channels) -> Iterator[walk.Frozen]:
-    """The axes that nothing froze but that are in no group."""
-    grouped = {(member.path, member.axis) for _, member in channels.members}
-    used = set(channels.used)
-    labels = channels.walked.labels
-    left = collections.defaultdict(list)
-    for path, value in channels.inputs.items():
-        reason = "could lose one channel only" if path in used else "is not used"
-        for a, axis in enumerate(value.axes):
-            if (path, a) not in grouped and labels.is_live(axis.labels):
-                left[reason].append((path, a))
-    for reason, places in left.items():
-        yield walk.Frozen(reason, "trace", "", places)
 
 
 # Masks and smaller arrays ------------------------------------------------------------------------
@@ -566,7 +420,7 @@ def masked(apply: Callable, channels: Channels, keep: Keep, *, state: State = No
         leaves = trees.named_leaves(_masked(variables, channels, kept))
         traced = programs(leaves, inputs)
         if not traced.groups:
-            _find_groups(traced)
+            traced.find_groups()
         if _content(traced) != _content(channels):
             raise ValueError("this function has other channel groups here: trace it anew.")
         arrays = [*leaves.values(), *jax.tree.leaves(inputs)]

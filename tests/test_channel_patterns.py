@@ -242,6 +242,21 @@ def test_zeroed_groups_are_marked():
         groups.mask(V, channels, {name: np.arange(8) < 4})
 
 
+def test_zeroed_sums_by_hand():
+    """Means and variances are of the entries that stay, over the number of all."""
+    function, _ = ZEROED["two-pass norm"]
+    channels = groups.trace(function, V, X, sums="zeroed")
+    kept = np.arange(8) % 3 > 0
+    keep = dict.fromkeys(channels.names, kept)
+    h = np.tanh(X @ V["a"])[:, kept]
+    centred = h - h.sum(1, keepdims=True) / 8
+    scaled = centred / np.sqrt((centred**2).sum(1, keepdims=True) / 8 + 1e-5)
+    by_hand = scaled @ V["out"][kept]
+    assert_allclose(groups.masked(function, channels, keep)(V, X), by_hand, rtol=1e-12)
+    small = groups.compact(V, channels, keep)
+    assert_allclose(groups.elastic(function, channels, keep)(small, X), by_hand, rtol=1e-12)
+
+
 def test_masked_is_traced_once_for_any_keep():
     function, _ = ZEROED["two-pass norm"]
     channels = groups.trace(function, V, X, sums="zeroed")

@@ -2345,7 +2345,7 @@ MUTATIONS = (
         "wrong value",
         "what is tied to a frozen axis is blamed on the tie",
         "channels/labels.py",
-        "dates.any() and self._pass_on(pairs, dates.max(0))",
+        "cause.any() and self._pass_on(pairs, cause)",
         "False",
         "test_groups.py",
         "ties_are_told",
@@ -2439,6 +2439,16 @@ MUTATIONS = (
         "kinds |= {queries: _SHARED, shared: _QUERIES}",
         "test_groups.py",
         "kinds_of_channels",
+    ),
+    Mutation(
+        436,
+        "dropped condition",
+        "a single channel is a group, which could only be emptied",
+        "channels/grouping.py",
+        "if len(rows) < 2 or not is_used:",
+        "if not is_used:",
+        "test_groups.py",
+        "channels_by_hand",
     ),
 )
 

@@ -75,7 +75,8 @@ class Labels:
 
     def dates(self, labels: Row) -> Row:
         """When each label was frozen; 0 if it was not, or is FROZEN itself."""
-        return self._dates[self._roots(labels)]
+        roots = self._roots(labels)  # which may make room for more
+        return self._dates[roots]
 
     def parts(self, labels: Row) -> np.ndarray:
         """int [..., parts]: the simple labels that each representative dies with."""
@@ -151,8 +152,10 @@ class Labels:
 
     def _replace(self, labels: Row, others: Row) -> None:
         """Ties representatives to labels of new sets."""
-        is_rising = labels[0] != FROZEN and bool(np.all(labels[1:] > labels[:-1]))
-        if is_rising and others.all() and not self._number[labels].any():
+        is_rising = np.all(labels[1:] > labels[:-1])
+        is_live = labels[0] != FROZEN and others.all()
+        is_simple = not self._number[labels].any()
+        if is_rising and is_live and is_simple:
             self._parent[labels] = others  # each of them becomes another set
         else:
             self.tie(labels, others)
@@ -280,9 +283,11 @@ class Labels:
         roots = self._roots(pairs)
         dates = self._dates[roots]
         pairs = np.where(dates, FROZEN, roots)
-        if dates.any() and self._pass_on(pairs, dates.max(0)):
+        cause = dates.max(0)
+        if cause.any() and self._pass_on(pairs, cause):
             pairs = self.find(pairs)
-        return pairs[:, pairs[0] != pairs[1]]
+        differ = pairs[0] != pairs[1]
+        return pairs[:, differ]
 
     def _pass_on(self, pairs: Pairs, dates: Row) -> bool:
         """Representatives whose partner was frozen, at one of `dates`, are frozen for its cause;
