@@ -169,7 +169,7 @@ def transformer(fused, rotary, *, width, heads, shared, size, hidden):
         down=normal(3, hidden, width),
         out=normal(4, heads * shared * size, width),
         logits=normal(5, width, 5),
-        embed=normal(6, 11, width),
+        embed=normal(6, 100, width),
     )
     if fused:
         variables["qkv"] = normal(7, width, 3 * heads * size)
@@ -264,7 +264,7 @@ class Gated(nn.Module):
         x = nn.relu(shared(nn.relu(shared(x))))
         gate = nn.relu(nn.Dense(self.squeeze, name="squeeze")(x.mean((1, 2))))
         x = x * nn.sigmoid(nn.Dense(self.width, name="excite")(gate))[:, None, None]
-        x = x.max((1, 2)) + nn.Embed(7, self.width, name="embed")(index)
+        x = x.max((1, 2)) + nn.Embed(100, self.width, name="embed")(index)
         return nn.Dense(5, name="out")(x)
 
 
@@ -347,7 +347,7 @@ def plain(*, hidden, state):
 
 def tied_embedding(*, width):
     """Logits from the transposed embedding: the width can go, the vocabulary cannot."""
-    variables = dict(embed=normal(0, 11, width), w=normal(1, width, width))
+    variables = dict(embed=normal(0, 80, width), w=normal(1, width, width))
     apply = lambda v, tokens: jnp.tanh(v["embed"][tokens] @ v["w"]) @ v["embed"].T
     return apply, variables, (np.arange(6),)
 
