@@ -1,8 +1,9 @@
-"""Image networks of well-known kinds, one or two blocks each, as (apply, variables, inputs)."""
+"""Image networks of well-known kinds, one block each, as (apply, variables, inputs)."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from foreign import Maker, filled, image, linen
 from foreign_text import (
     attend,
@@ -47,28 +48,24 @@ def group_norm(p, x, groups):
 
 
 def bit(*, groups, inside, hidden):
-    """Residual blocks before which group norms stand; standardised kernels."""
+    """A residual block, group norms before its layers; standardised kernels."""
     width = groups * inside
-    block = dict(
+    variables = dict(
+        stem=weights(3, 3, 3, width),
         norm1=norm(width),
         first=weights(3, 3, width, groups * hidden),
         norm2=norm(groups * hidden),
         second=weights(3, 3, groups * hidden, width),
-    )
-    variables = dict(
-        stem=weights(3, 3, 3, width),
-        blocks=[block, block],
         norm=norm(width),
         head=biased(width, CLASSES),
     )
 
     def apply(p, x):
         x = convolve(x, standardised(p["stem"]))
-        for block in p["blocks"]:
-            y = nn.relu(group_norm(block["norm1"], x, groups))
-            y = convolve(y, standardised(block["first"]))
-            y = nn.relu(group_norm(block["norm2"], y, groups))
-            x = x + convolve(y, standardised(block["second"]))
+        y = nn.relu(group_norm(p["norm1"], x, groups))
+        y = convolve(y, standardised(p["first"]))
+        y = nn.relu(group_norm(p["norm2"], y, groups))
+        x = x + convolve(y, standardised(p["second"]))
         x = nn.relu(group_norm(p["norm"], x, groups)).mean((1, 2))
         return dense(p["head"], x)
 
@@ -140,14 +137,12 @@ class Mixer(nn.Module):
     def __call__(self, x):
         x = nn.Conv(self.width, (2, 2), strides=(2, 2), name="patches")(x)
         x = x.reshape(x.shape[0], -1, self.width)
-        for i in range(2):
-            y = nn.LayerNorm(name=f"norm1_{i}")(x).swapaxes(1, 2)
-            y = nn.gelu(nn.Dense(self.mixing, name=f"mix_up{i}")(y))
-            x = x + nn.Dense(x.shape[1], name=f"mix_down{i}")(y).swapaxes(1, 2)
-            y = nn.LayerNorm(name=f"norm2_{i}")(x)
-            y = nn.gelu(nn.Dense(self.hidden, name=f"up{i}")(y))
-            x = x + nn.Dense(self.width, name=f"down{i}")(y)
-        return nn.Dense(CLASSES, name="head")(nn.LayerNorm(name="norm")(x).mean(1))
+        y = nn.LayerNorm(name="norm1")(x).swapaxes(1, 2)
+        y = nn.gelu(nn.Dense(self.mixing, name="mix_up")(y))
+        x = x + nn.Dense(x.shape[1], name="mix_down")(y).swapaxes(1, 2)
+        y = nn.gelu(nn.Dense(self.hidden, name="up")(nn.LayerNorm(name="norm2")(x)))
+        x = x + nn.Dense(self.width, name="down")(y)
+        return nn.Dense(CLASSES, name="head")(nn.LayerNorm(name="norm3")(x).mean(1))
 
 
 def response_norm(p, x):
@@ -161,43 +156,35 @@ def convnext(competing, *, width, hidden):
 
     competing: with global response normalisation, else with a scale per channel.
     """
-    block = dict(
-        depthwise=biased(7, 7, 1, width),
-        norm=norm(width),
-        up=biased(width, hidden),
-        down=biased(hidden, width),
-    )
-    if competing:
-        block["response"] = norm(hidden)
-    else:
-        block["scale"] = weights(width)
+    scale = dict(response=norm(hidden)) if competing else dict(scale=weights(width))
     variables = dict(
         stem=biased(2, 2, 3, width),
         norm0=norm(width),
-        blocks=[block, block],
-        norm=norm(width),
+        depthwise=biased(7, 7, 1, width),
+        norm1=norm(width),
+        up=biased(width, hidden),
+        down=biased(hidden, width),
+        norm2=norm(width),
         head=biased(width, CLASSES),
+        **scale,
     )
 
     def apply(p, x):
         x = convolve(x, p["stem"]["kernel"], 2) + p["stem"]["bias"]
         x = layer_norm(p["norm0"], x)
-        for block in p["blocks"]:
-            y = convolve(x, block["depthwise"]["kernel"], groups=width)
-            y = layer_norm(block["norm"], y + block["depthwise"]["bias"])
-            y = nn.gelu(dense(block["up"], y))
-            if competing:
-                y = dense(block["down"], response_norm(block["response"], y))
-            else:
-                y = dense(block["down"], y) * block["scale"]
-            x = x + y
-        return dense(p["head"], layer_norm(p["norm"], x.mean((1, 2))))
+        y = convolve(x, p["depthwise"]["kernel"], groups=width) + p["depthwise"]["bias"]
+        y = nn.gelu(dense(p["up"], layer_norm(p["norm1"], y)))
+        if competing:
+            y = dense(p["down"], response_norm(p["response"], y))
+        else:
+            y = dense(p["down"], y) * p["scale"]
+        return dense(p["head"], layer_norm(p["norm2"], (x + y).mean((1, 2))))
 
     return apply, filled(variables), (image(),)
 
 
 class Mobilenet(nn.Module):
-    """Inverted residual blocks with squeeze and excitation."""
+    """An inverted residual block with squeeze and excitation."""
 
     width: int
     hidden: int
@@ -209,39 +196,32 @@ class Mobilenet(nn.Module):
             return nn.BatchNorm(use_running_average=True, name=name)(x)
 
         x = nn.hard_swish(normed(nn.Conv(self.width, (3, 3), (2, 2), name="stem")(x), "norm0"))
-        for i in range(2):
-            y = nn.Conv(self.hidden, (1, 1), use_bias=False, name=f"up{i}")(x)
-            y = nn.relu6(normed(y, f"norm1_{i}"))
-            depthwise = nn.Conv(
-                self.hidden, (3, 3), feature_group_count=self.hidden, name=f"depthwise{i}"
-            )
-            y = nn.hard_swish(normed(depthwise(y), f"norm2_{i}"))
-            gate = nn.relu(nn.Dense(self.squeeze, name=f"squeeze{i}")(y.mean((1, 2))))
-            gate = nn.hard_sigmoid(nn.Dense(self.hidden, name=f"excite{i}")(gate))
-            y = nn.Conv(self.width, (1, 1), name=f"down{i}")(y * gate[:, None, None])
-            x = x + normed(y, f"norm3_{i}")
+        y = nn.Conv(self.hidden, (1, 1), use_bias=False, name="up")(x)
+        y = nn.relu6(normed(y, "norm1"))
+        y = nn.Conv(self.hidden, (3, 3), feature_group_count=self.hidden, name="depthwise")(y)
+        y = nn.hard_swish(normed(y, "norm2"))
+        gate = nn.relu(nn.Dense(self.squeeze, name="squeeze")(y.mean((1, 2))))
+        gate = nn.hard_sigmoid(nn.Dense(self.hidden, name="excite")(gate))
+        y = nn.Conv(self.width, (1, 1), name="down")(y * gate[:, None, None])
+        x = x + normed(y, "norm3")
         return nn.Dense(CLASSES, name="head")(nn.avg_pool(x, (4, 4)).reshape(len(x), -1))
 
 
 def swin(*, width, heads, size, hidden, later):
-    """Attention in windows of two by two patches, shifted in the second layer; then four
-    neighbours become one."""
-    layer = dict(
+    """Attention in shifted windows of two by two patches; then four neighbours become one."""
+    variables = dict(
+        patches=biased(2, 2, 3, width),
         norm1=norm(width),
         qkv=biased(width, 3 * heads * size),
         near=weights(9, heads),
         out=biased(heads * size, width),
         norm2=norm(width),
         mlp=mlp_layer(width, hidden),
-    )
-    variables = dict(
-        patches=biased(2, 2, 3, width),
-        layers=[layer, layer],
-        norm=norm(4 * width),
+        norm3=norm(4 * width),
         merge=weights(4 * width, later),
         head=biased(later, CLASSES),
     )
-    row, column = jnp.divmod(jnp.arange(4), 2)
+    row, column = np.divmod(np.arange(4, dtype=np.int32), 2)
     apart = 3 * (row[:, None] - row + 1) + column[:, None] - column + 1
 
     def windows(x):
@@ -260,24 +240,23 @@ def swin(*, width, heads, size, hidden, later):
 
     def apply(p, x):
         x = convolve(x, p["patches"]["kernel"], 2) + p["patches"]["bias"]
-        for shift, layer in enumerate(p["layers"]):
-            y = jnp.roll(layer_norm(layer["norm1"], x), -shift, (1, 2))
-            x = x + jnp.roll(attended(layer, y), shift, (1, 2))
-            x = x + mlp(layer["mlp"], layer_norm(layer["norm2"], x))
+        y = jnp.roll(layer_norm(p["norm1"], x), -1, (1, 2))
+        x = x + jnp.roll(attended(p, y), 1, (1, 2))
+        x = x + mlp(p["mlp"], layer_norm(p["norm2"], x))
         corners = [x[:, i::2, j::2] for i in (0, 1) for j in (0, 1)]
-        merged = layer_norm(p["norm"], jnp.concatenate(corners, -1)) @ p["merge"]
+        merged = layer_norm(p["norm3"], jnp.concatenate(corners, -1)) @ p["merge"]
         return dense(p["head"], merged.mean((1, 2)))
 
     return apply, filled(variables), (image(),)
 
 
 IMAGES = {
-    "bit": Maker(bit, groups=2, inside=4, hidden=6),
+    "bit": Maker(bit, groups=2, inside=5, hidden=6),
     "hybrid vit": Maker(hybrid_vit, groups=2, inside=4, width=16, heads=2, size=6, hidden=32),
     "sincos vit": Maker(sincos_vit, width=16, heads=2, size=6, hidden=20),
-    "mixer": Maker(linen, Mixer, image(), width=16, mixing=20, hidden=32),
-    "convnext": Maker(convnext, False, width=16, hidden=64),
-    "convnext v2": Maker(convnext, True, width=16, hidden=64),
+    "mixer": Maker(linen, Mixer, image(), width=16, mixing=16, hidden=64),
+    "convnext": Maker(convnext, False, width=16, hidden=80),
+    "convnext v2": Maker(convnext, True, width=16, hidden=80),
     "mobilenet block": Maker(linen, Mobilenet, image(), width=8, hidden=24, squeeze=6),
     "swin": Maker(swin, width=16, heads=2, size=6, hidden=20, later=24),
 }
