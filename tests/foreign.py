@@ -1,9 +1,9 @@
 """Networks that the library knows nothing of, as (apply, variables, inputs): Linen, NNX, Equinox
 and plain JAX.
 
-Each is small and has one idea that decides which of its channels are coupled. `CHANNELS` says how
-many channels each of its groups has: counted by hand, so that a trace which freezes too much is
-noticed.
+Each is small and has one idea that decides which of its channels are coupled. The keywords of its
+maker are the sizes that can shrink. `CHANNELS` says how many channels each of its groups has:
+counted by hand, so that a trace which freezes too much is noticed.
 """
 
 import functools
@@ -37,82 +37,110 @@ def filled(shapes):
     return jax.tree.unflatten(tree, arrays)
 
 
-def linen(module, *inputs):
+def linen(make, *inputs, **sizes):
+    module = make(**sizes)
     return module.apply, filled(jax.eval_shape(module.init, jax.random.key(0), *inputs)), inputs
 
 
 class Densenet(nn.Module):
+    growth: int
+    hidden: int
+
     @nn.compact
     def __call__(self, x):
         for i in range(3):
             y = nn.relu(nn.BatchNorm(use_running_average=True, name=f"bn{i}")(x))
-            x = jnp.concatenate([x, nn.Conv(6, (3, 3), name=f"conv{i}")(y)], -1)
+            x = jnp.concatenate([x, nn.Conv(self.growth, (3, 3), name=f"conv{i}")(y)], -1)
         x = nn.avg_pool(x, (4, 4), (4, 4)).reshape(x.shape[0], -1)
-        return nn.Dense(5, name="out")(nn.relu(nn.Dense(8, name="hidden")(x)))
+        return nn.Dense(5, name="out")(nn.relu(nn.Dense(self.hidden, name="hidden")(x)))
 
 
 class Resnext(nn.Module):
+    width: int
+    groups: int
+    inputs: int  # of each group
+    outputs: int
+
     @nn.compact
     def __call__(self, x):
-        x = nn.Conv(8, (1, 1), name="stem")(x)
-        y = nn.relu(nn.Conv(12, (1, 1), name="reduce")(x))
-        y = nn.relu(nn.Conv(12, (3, 3), feature_group_count=4, name="grouped")(y))
-        x = nn.relu(x + nn.Conv(8, (1, 1), name="expand")(y))
+        x = nn.Conv(self.width, (1, 1), name="stem")(x)
+        y = nn.relu(nn.Conv(self.groups * self.inputs, (1, 1), name="reduce")(x))
+        grouped = nn.Conv(
+            self.groups * self.outputs, (3, 3), feature_group_count=self.groups, name="grouped"
+        )
+        x = nn.relu(x + nn.Conv(self.width, (1, 1), name="expand")(nn.relu(grouped(y))))
         return nn.Dense(5, name="out")(x.mean((1, 2)))
 
 
 class Depthwise(nn.Module):
+    stem: int
+    filters: int  # for each channel
+    pointwise: int
+
     @nn.compact
     def __call__(self, x):
-        x = nn.relu(nn.Conv(6, (3, 3), name="stem")(x))
-        x = nn.relu(
-            nn.Conv(12, (3, 3), feature_group_count=6, name="depthwise")(x)
-        )  # two filters for each channel
-        x = nn.relu(nn.Conv(7, (1, 1), name="pointwise")(x))
+        x = nn.relu(nn.Conv(self.stem, (3, 3), name="stem")(x))
+        depthwise = nn.Conv(
+            self.stem * self.filters, (3, 3), feature_group_count=self.stem, name="depthwise"
+        )
+        x = nn.relu(nn.Conv(self.pointwise, (1, 1), name="pointwise")(nn.relu(depthwise(x))))
         return nn.Dense(5, name="out")(x.mean((1, 2)))
 
 
 class Shuffle(nn.Module):
+    inside: int  # each of three groups of the residual sum
+
     @nn.compact
     def __call__(self, x):
-        x = nn.Conv(12, (1, 1), name="stem")(x)
+        width = 3 * self.inside
+        x = nn.Conv(width, (1, 1), name="stem")(x)
         y = nn.relu(nn.Conv(12, (1, 1), feature_group_count=3, name="first")(x))
         y = y.reshape(*y.shape[:3], 3, 4).swapaxes(-1, -2).reshape(y.shape)  # channel shuffle
-        y = nn.Conv(12, (1, 1), feature_group_count=3, name="second")(y)
+        y = nn.Conv(width, (1, 1), feature_group_count=3, name="second")(y)
         return nn.Dense(5, name="out")(nn.relu(x + y).mean((1, 2)))
 
 
 class Unet(nn.Module):
+    down1: int
+    down2: int
+    middle: int
+    up2: int
+    merge2: int
+    up1: int
+
     @nn.compact
     def __call__(self, x):
-        a = nn.relu(nn.Conv(6, (3, 3), name="down1")(x))
-        b = nn.relu(nn.Conv(8, (3, 3), name="down2")(nn.max_pool(a, (2, 2), (2, 2))))
-        c = nn.relu(nn.Conv(10, (3, 3), name="middle")(nn.max_pool(b, (2, 2), (2, 2))))
-        b = jnp.concatenate([b, nn.ConvTranspose(7, (2, 2), strides=(2, 2), name="up2")(c)], -1)
-        b = nn.relu(nn.Conv(9, (3, 3), name="merge2")(b))
+        a = nn.relu(nn.Conv(self.down1, (3, 3), name="down1")(x))
+        b = nn.relu(nn.Conv(self.down2, (3, 3), name="down2")(nn.max_pool(a, (2, 2), (2, 2))))
+        c = nn.relu(nn.Conv(self.middle, (3, 3), name="middle")(nn.max_pool(b, (2, 2), (2, 2))))
+        up = nn.ConvTranspose(self.up2, (2, 2), strides=(2, 2), name="up2")(c)
+        b = jnp.concatenate([b, up], -1)
+        b = nn.relu(nn.Conv(self.merge2, (3, 3), name="merge2")(b))
         up = jax.image.resize(b, (*a.shape[:3], b.shape[-1]), "nearest")
-        up = nn.ConvTranspose(5, (3, 3), transpose_kernel=True, name="up1")(up)
+        up = nn.ConvTranspose(self.up1, (3, 3), transpose_kernel=True, name="up1")(up)
         return nn.Conv(2, (1, 1), name="out")(jnp.concatenate([a, up], -1))
 
 
 class Vit(nn.Module):
+    width: int
+    heads: int
+    size: int  # of a head
+    hidden: int
+
     @nn.compact
     def __call__(self, x):
-        x = nn.Conv(12, (4, 4), strides=(4, 4), name="patches")(x).reshape(x.shape[0], -1, 12)
-        x = jnp.concatenate(
-            [
-                jnp.tile(
-                    self.param("token", nn.initializers.normal(), (1, 1, 12)), (x.shape[0], 1, 1)
-                ),
-                x,
-            ],
-            1,
+        width = self.width
+        x = nn.Conv(width, (4, 4), strides=(4, 4), name="patches")(x)
+        x = x.reshape(x.shape[0], -1, width)
+        token = self.param("token", nn.initializers.normal(), (1, 1, width))
+        x = jnp.concatenate([jnp.tile(token, (x.shape[0], 1, 1)), x], 1)
+        x = x + self.param("position", nn.initializers.normal(), (1, x.shape[1], width))
+        attention = nn.MultiHeadDotProductAttention(
+            num_heads=self.heads, qkv_features=self.heads * self.size, name="attention"
         )
-        x = x + self.param("position", nn.initializers.normal(), (1, x.shape[1], 12))
-        attention = nn.MultiHeadDotProductAttention(num_heads=3, qkv_features=12, name="attention")
         x = x + attention(nn.LayerNorm(name="norm1")(x))
-        y = nn.gelu(nn.Dense(20, name="up")(nn.LayerNorm(name="norm2")(x)))
-        x = x + nn.Dense(12, name="down")(y)
+        y = nn.gelu(nn.Dense(self.hidden, name="up")(nn.LayerNorm(name="norm2")(x)))
+        x = x + nn.Dense(width, name="down")(y)
         return nn.Dense(5, name="out")(nn.LayerNorm(name="norm3")(x)[:, 0])
 
 
@@ -129,27 +157,28 @@ def rotate(x):
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1)
 
 
-def transformer(fused=True, rotary=False, groups=1):
-    """One block of plain JAX with RMS norm and a gated MLP; qkv fused in one matrix or apart, heads
-    possibly shared.
+def transformer(fused, rotary, *, width, heads, shared, size, hidden):
+    """One block of plain JAX with RMS norm and a gated MLP; qkv fused in one matrix or apart.
+
+    heads: of k and v, each for `shared` heads of q.
     """
-    width, heads, size = 10, 4, 6
     variables = dict(
         norm=np.ones(width, np.float32),
-        gate=normal(1, width, 14),
-        up=normal(2, width, 14),
-        down=normal(3, 14, width),
-        out=normal(4, heads * size, width),
+        gate=normal(1, width, hidden),
+        up=normal(2, width, hidden),
+        down=normal(3, hidden, width),
+        out=normal(4, heads * shared * size, width),
         logits=normal(5, width, 5),
-        embed=normal(6, 11, width),
+        embed=normal(6, 100, width),
     )
     if fused:
         variables["qkv"] = normal(7, width, 3 * heads * size)
     else:
         variables |= dict(
-            q=normal(7, width, heads, size), k=normal(8, width, heads // groups, size)
+            q=normal(7, width, heads * shared, size),
+            k=normal(8, width, heads, size),
+            v=normal(9, width, heads, size),
         )
-        variables |= dict(v=normal(9, width, heads // groups, size))
 
     def apply(variables, tokens):
         x = variables["embed"][tokens]
@@ -161,7 +190,7 @@ def transformer(fused=True, rotary=False, groups=1):
             )
         else:
             q, k, v = (jnp.einsum("btw,whd->bthd", y, variables[name]) for name in "qkv")
-            k, v = (jnp.repeat(part, groups, 2) for part in (k, v))
+            k, v = (jnp.repeat(part, shared, 2) for part in (k, v))
         if rotary:
             q, k = rotate(q), rotate(k)
         weights = jax.nn.softmax(jnp.einsum("bthd,bshd->bhts", q, k) / np.sqrt(size), -1)
@@ -174,62 +203,78 @@ def transformer(fused=True, rotary=False, groups=1):
 
 
 class Groupnorm(nn.Module):
+    groups: int
+    inside: int  # each group
+    second: int
+
     @nn.compact
     def __call__(self, x):
-        x = nn.relu(nn.GroupNorm(num_groups=4, name="norm")(nn.Conv(12, (3, 3), name="conv")(x)))
-        x = nn.GroupNorm(num_groups=None, group_size=1, name="instance")(
-            nn.Conv(6, (3, 3), name="second")(x)
-        )
+        x = nn.Conv(self.groups * self.inside, (3, 3), name="conv")(x)
+        x = nn.relu(nn.GroupNorm(num_groups=self.groups, name="norm")(x))
+        x = nn.Conv(self.second, (3, 3), name="second")(x)
+        x = nn.GroupNorm(num_groups=None, group_size=1, name="instance")(x)
         return nn.Dense(5, name="out")(x.max((1, 2)))
 
 
 class Block(nn.Module):
+    hidden: int
+
     @nn.compact
     def __call__(self, x, _):
-        return x + nn.Dense(8, name="down")(nn.relu(nn.Dense(14, name="up")(x))), None
+        y = nn.relu(nn.Dense(self.hidden, name="up")(x))
+        return x + nn.Dense(x.shape[-1], name="down")(y), None
 
 
 class Scanned(nn.Module):
+    width: int
+    hidden: int
+
     @nn.compact
     def __call__(self, x):
-        x = nn.Dense(8, name="stem")(x.mean((1, 2)))
+        x = nn.Dense(self.width, name="stem")(x.mean((1, 2)))
         layers = nn.scan(
             nn.remat(Block), variable_axes={"params": 0}, split_rngs={"params": True}, length=3
         )
-        x, _ = layers(name="layers")(x, None)
+        x, _ = layers(self.hidden, name="layers")(x, None)
         return nn.Dense(5, name="out")(x)
 
 
 class Recurrent(nn.Module):
     cell: type
+    width: int
+    units: int
 
     @nn.compact
     def __call__(self, x):
-        x = nn.Dense(6, name="embed")(x.reshape(x.shape[0], 8, -1))
-        x = nn.RNN(self.cell(9), name="rnn")(x)
+        x = nn.Dense(self.width, name="embed")(x.reshape(x.shape[0], 8, -1))
+        x = nn.RNN(self.cell(self.units, param_dtype=x.dtype), name="rnn")(x)
         return nn.Dense(5, name="out")(x[:, -1])
 
 
 class Gated(nn.Module):
     """Squeeze and excitation, one convolution used twice, an embedding added."""
 
+    width: int
+    squeeze: int
+
     @nn.compact
     def __call__(self, x, index):
-        x = nn.Conv(10, (3, 3), name="stem")(x)
-        shared = nn.Conv(10, (3, 3), name="shared")
+        x = nn.Conv(self.width, (3, 3), name="stem")(x)
+        shared = nn.Conv(self.width, (3, 3), name="shared")
         x = nn.relu(shared(nn.relu(shared(x))))
-        gate = nn.relu(nn.Dense(4, name="squeeze")(x.mean((1, 2))))
-        x = x * nn.sigmoid(nn.Dense(10, name="excite")(gate))[:, None, None]
-        return nn.Dense(5, name="out")(x.max((1, 2)) + nn.Embed(7, 10, name="embed")(index))
+        gate = nn.relu(nn.Dense(self.squeeze, name="squeeze")(x.mean((1, 2))))
+        x = x * nn.sigmoid(nn.Dense(self.width, name="excite")(gate))[:, None, None]
+        x = x.max((1, 2)) + nn.Embed(100, self.width, name="embed")(index)
+        return nn.Dense(5, name="out")(x)
 
 
 class NnxCnn(nnx.Module):
-    def __init__(self, rngs):
-        self.conv1 = nnx.Conv(3, 8, (3, 3), rngs=rngs)
-        self.norm = nnx.BatchNorm(8, use_running_average=True, rngs=rngs)
-        self.conv2 = nnx.Conv(8, 6, (3, 3), rngs=rngs)
+    def __init__(self, first, second, rngs):
+        self.conv1 = nnx.Conv(3, first, (3, 3), rngs=rngs)
+        self.norm = nnx.BatchNorm(first, use_running_average=True, rngs=rngs)
+        self.conv2 = nnx.Conv(first, second, (3, 3), rngs=rngs)
         self.dropout = nnx.Dropout(0.5, deterministic=True)
-        self.out = nnx.Linear(6 * 16, 5, rngs=rngs)
+        self.out = nnx.Linear(second * 16, 5, rngs=rngs)
 
     def __call__(self, x):
         x = nnx.relu(self.norm(self.conv1(x)))
@@ -237,41 +282,52 @@ class NnxCnn(nnx.Module):
         return self.out(self.dropout(x.reshape(x.shape[0], -1)))
 
 
-def nnx_cnn():
-    graph, state = nnx.split(nnx.eval_shape(lambda: NnxCnn(nnx.Rngs(0))))
-    return (lambda state, x: nnx.merge(graph, state)(x)), filled(state), (image(),)
+def in_nnx(make, *inputs, **sizes):
+    graph, state = nnx.split(nnx.eval_shape(lambda: make(**sizes, rngs=nnx.Rngs(0))))
+    return (lambda state, *inputs: nnx.merge(graph, state)(*inputs)), filled(state), inputs
 
 
-def equinox_cnn():
+def equinox_shapes(build):
+    """Shapes of the arrays of build(), and all else."""
     import equinox as eqx  # an extra of the tests
 
-    key = jax.random.key(0)
-    layers = [
-        eqx.nn.Conv2d(3, 8, 3, key=key),
-        eqx.nn.GroupNorm(2, 8),
-        eqx.nn.Lambda(jax.nn.relu),
-        eqx.nn.Conv2d(8, 6, 3, key=key),
-        eqx.nn.Lambda(jax.nn.gelu),
-        eqx.nn.Lambda(jnp.ravel),
-        eqx.nn.Linear(6 * 16, 7, key=key),
-        eqx.nn.Lambda(jax.nn.elu),
-        eqx.nn.Linear(7, 5, key=key),
-    ]
-    params, static = eqx.partition(eqx.nn.Sequential(layers), eqx.is_inexact_array)
+    is_array = lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct)
+    return eqx.partition(eqx.filter_eval_shape(build), is_array)
+
+
+def equinox_cnn(*, groups, inside, second, hidden):
+    import equinox as eqx
+
+    def build():
+        key = jax.random.key(0)
+        layers = [
+            eqx.nn.Conv2d(3, groups * inside, 3, key=key),
+            eqx.nn.GroupNorm(groups, groups * inside),
+            eqx.nn.Lambda(jax.nn.relu),
+            eqx.nn.Conv2d(groups * inside, second, 3, key=key),
+            eqx.nn.Lambda(jax.nn.gelu),
+            eqx.nn.Lambda(jnp.ravel),
+            eqx.nn.Linear(second * 16, hidden, key=key),
+            eqx.nn.Lambda(jax.nn.elu),
+            eqx.nn.Linear(hidden, 5, key=key),
+        ]
+        return eqx.nn.Sequential(layers)
+
+    params, static = equinox_shapes(build)
     apply = lambda params, x: jax.vmap(eqx.combine(params, static))(x)
     return apply, filled(params), (np.moveaxis(image(), -1, 1),)
 
 
-def plain():
+def plain(*, hidden, state):
     """Weight norm, a branch, a loop, a constant of the size of a hidden layer."""
     variables = dict(
-        v=normal(0, 12, 9),
-        g=normal(1, 1, 9)[0],
-        w=normal(2, 9, 8),
-        u=normal(3, 8, 8),
-        out=normal(4, 8, 5),
+        v=normal(0, 12, hidden),
+        g=normal(1, 1, hidden)[0],
+        w=normal(2, hidden, state),
+        u=normal(3, state, state),
+        out=normal(4, state, 5),
     )
-    constant = np.linspace(-1, 1, 9, dtype=np.float32)
+    constant = np.linspace(-1, 1, hidden, dtype=np.float32)
 
     def apply(variables, x):
         v = variables["v"]
@@ -289,32 +345,38 @@ def plain():
     return apply, variables, (normal(5, 4, 12),)
 
 
-def tied_embedding():
+def tied_embedding(*, width):
     """Logits from the transposed embedding: the width can go, the vocabulary cannot."""
-    variables = dict(embed=normal(0, 11, 8), w=normal(1, 8, 8))
+    variables = dict(embed=normal(0, 80, width), w=normal(1, width, width))
     apply = lambda v, tokens: jnp.tanh(v["embed"][tokens] @ v["w"]) @ v["embed"].T
     return apply, variables, (np.arange(6),)
 
 
+Maker = functools.partial  # its keywords: the sizes that can shrink
+
 FOREIGN = {
-    "densenet": functools.partial(linen, Densenet(), image()),
-    "resnext": functools.partial(linen, Resnext(), image()),
-    "depthwise": functools.partial(linen, Depthwise(), image()),
-    "shuffle": functools.partial(linen, Shuffle(), image()),
-    "unet": functools.partial(linen, Unet(), image()),
-    "vit": functools.partial(linen, Vit(), image()),
-    "fused qkv": transformer,
-    "rotary": functools.partial(transformer, fused=False, rotary=True),
-    "shared heads": functools.partial(transformer, fused=False, groups=2),
-    "groupnorm": functools.partial(linen, Groupnorm(), image()),
-    "scanned": functools.partial(linen, Scanned(), image()),
-    "lstm": functools.partial(linen, Recurrent(nn.OptimizedLSTMCell), image()),
-    "gru": functools.partial(linen, Recurrent(nn.GRUCell), image()),
-    "gated": functools.partial(linen, Gated(), image(), np.array([1, 5])),
-    "nnx": nnx_cnn,
-    "equinox": equinox_cnn,
-    "plain": plain,
-    "tied embedding": tied_embedding,
+    "densenet": Maker(linen, Densenet, image(), growth=6, hidden=8),
+    "resnext": Maker(linen, Resnext, image(), width=8, groups=4, inputs=3, outputs=3),
+    "depthwise": Maker(linen, Depthwise, image(), stem=6, filters=2, pointwise=7),
+    "shuffle": Maker(linen, Shuffle, image(), inside=4),
+    "unet": Maker(linen, Unet, image(), down1=6, down2=8, middle=10, up2=7, merge2=9, up1=5),
+    "vit": Maker(linen, Vit, image(), width=12, heads=3, size=4, hidden=20),
+    "fused qkv": Maker(transformer, True, False, width=10, heads=4, shared=1, size=6, hidden=14),
+    "rotary": Maker(transformer, False, True, width=10, heads=4, shared=1, size=6, hidden=14),
+    "shared heads": Maker(
+        transformer, False, False, width=10, heads=2, shared=2, size=6, hidden=14
+    ),
+    "groupnorm": Maker(linen, Groupnorm, image(), groups=4, inside=3, second=6),
+    "scanned": Maker(linen, Scanned, image(), width=8, hidden=14),
+    "lstm": Maker(
+        linen, functools.partial(Recurrent, nn.OptimizedLSTMCell), image(), width=6, units=9
+    ),
+    "gru": Maker(linen, functools.partial(Recurrent, nn.GRUCell), image(), width=6, units=9),
+    "gated": Maker(linen, Gated, image(), np.array([1, 5]), width=10, squeeze=4),
+    "nnx": Maker(in_nnx, NnxCnn, image(), first=8, second=6),
+    "equinox": Maker(equinox_cnn, groups=2, inside=4, second=6, hidden=7),
+    "plain": Maker(plain, hidden=9, state=8),
+    "tied embedding": Maker(tied_embedding, width=8),
 }
 
 KINDS = {  # what a human calls the channels of each group, in order of use

@@ -126,7 +126,7 @@ def members(channels):
 # Networks
 
 
-@pytest.mark.parametrize("name", [*sorted(models.MODELS), *foreign.FOREIGN])
+@pytest.mark.parametrize("name", sorted(models.MODELS))
 def test_masked_equals_compact(name):
     apply, variables, inputs = network(name)
     compare(apply, variables, inputs, traced(name), keeps(traced(name), len(name)))

@@ -382,8 +382,9 @@ def _beside(
     """
     structs = []
     for value, array in zip(known, arrays, strict=True):
-        shape = list(map(alive.full_size, value.axes, array.shape))
-        structs.append(jax.ShapeDtypeStruct(shape, array.dtype))
+        shape = tuple(map(alive.full_size, value.axes, array.shape))
+        struct = jax.typeof(array).update(shape=shape)  # which varies over the same devices
+        structs.append(struct)
     closed = jax.make_jaxpr(function)(*structs)
     walk = Walk(alive.labels.copy())
     walk.zeroes = alive.zeroes
