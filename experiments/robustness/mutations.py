@@ -386,7 +386,7 @@ MUTATIONS = (
         "channels/rules.py",
         "        start += size\n",
         "",
-        "test_groups.py",
+        "test_reach.py",
         "masked_equals_compact and (lstm or vit)",
     ),
     Mutation(
