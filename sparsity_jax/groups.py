@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsity_jax import tables, trees
-from sparsity_jax.channels import carried, execute, grouping, rules, walk
+from sparsity_jax.channels import carried, execute, grouping, resized, rules, walk
 from sparsity_jax.channels.grouping import Group, Groups, Member
 from sparsity_jax.channels.labels import FROZEN
 from sparsity_jax.types import Arrays, Fields, PyTree
@@ -178,19 +178,7 @@ def _traced(
                 "first part of equinox.partition(model, equinox.is_array) or the state of "
                 "nnx.split(model)."
             )
-    abstract = jax.tree.map(_abstract, inputs)
-    try:
-        closed, result = jax.make_jaxpr(apply, return_shape=True)(variables, *abstract)
-    except (
-        jax.errors.ConcretizationTypeError,
-        jax.errors.NonConcreteBooleanIndexError,
-        jax.errors.TracerArrayConversionError,
-    ) as error:
-        raise TypeError(
-            f"apply cannot be traced: {type(error).__name__}. It must not branch on values or turn "
-            "them into NumPy; call it in inference mode with all settings bound, e.g. "
-            "functools.partial(model.apply, train=False)."
-        ) from error
+    closed, result = _jaxpr(apply, variables, inputs)
     walked = walk.analyse(closed, leaves, branches=branches, zeroes=sums == "zeroed")
     ends = carried.leaves_of(result)
     starts = carried.leaves_of(variables)
@@ -212,6 +200,23 @@ def _traced(
         sums,
         places,
     )
+
+
+def _jaxpr(apply: Callable, variables: PyTree, inputs: tuple) -> tuple[Any, PyTree]:
+    """(closed jaxpr, shapes of the results); raises TypeError if apply cannot be traced."""
+    abstract = jax.tree.map(_abstract, inputs)
+    try:
+        return jax.make_jaxpr(apply, return_shape=True)(variables, *abstract)
+    except (
+        jax.errors.ConcretizationTypeError,
+        jax.errors.NonConcreteBooleanIndexError,
+        jax.errors.TracerArrayConversionError,
+    ) as error:
+        raise TypeError(
+            f"apply cannot be traced: {type(error).__name__}. It must not branch on values or turn "
+            "them into NumPy; call it in inference mode with all settings bound, e.g. "
+            "functools.partial(model.apply, train=False)."
+        ) from error
 
 
 def _struct(leaf: Any) -> Struct:
@@ -494,10 +499,22 @@ def _programs(apply: Callable, channels: Channels, state: State = None) -> Calla
             for path, leaf in leaves.items():
                 full.append(Struct(channels.shapes[path].shape, leaf.dtype))
             variables = jax.tree.unflatten(channels.variables, full)
-            known[key] = _traced(apply, variables, inputs, channels.branches, channels.sums, state)
+            known[key] = _again(apply, variables, inputs, channels, state)
         return known[key]
 
     return find
+
+
+def _again(
+    apply: Callable, variables: PyTree, inputs: tuple, channels: Channels, state: State
+) -> Channels:
+    """Another trace; one of the same equations at other sizes needs no walk."""
+    if apply == channels.apply and state == channels.state:
+        closed, result = _jaxpr(apply, variables, inputs)
+        walked = resized.walked_like(channels.walked, closed)
+        if walked is not None:
+            return channels._replace(walked=walked, results=jax.tree.structure(result))
+    return _traced(apply, variables, inputs, channels.branches, channels.sums, state)
 
 
 def _alive_in(again: Channels, channels: Channels, keep: Keep) -> execute.Alive:
@@ -506,7 +523,7 @@ def _alive_in(again: Channels, channels: Channels, keep: Keep) -> execute.Alive:
     Raises ValueError if it would lose others.
     """
     first = channels.alive(keep)
-    if again is channels:
+    if again.walked.labels is channels.walked.labels:
         return first
     labels = again.walked.labels
     known = np.zeros(labels.num, bool)

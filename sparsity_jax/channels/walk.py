@@ -76,6 +76,7 @@ __all__ = [
     "Result",
     "Walk",
     "analyse",
+    "bodies",
     "end",
     "line_of",
     "loop_operands",
@@ -125,7 +126,6 @@ class Walk:
     program: Program
     separate = False  # branches that are only added are not tied
     zeroes = False  # sums that need zeros are noted, for a program that makes them, not frozen
-
     data = 0  # bits of the inputs that may not be cut: no weights
 
     def __init__(self, labels: Labels):
@@ -163,9 +163,11 @@ class Walk:
             if self.labels.is_live(axis.labels):
                 self._asked.append(part_of or axis)
                 self.zeroed.append(axis.labels)
-        else:
+            return
+        known = self._reason
+        self.freeze(axis, reason)
+        if self._reason != known:
             self._since = axis.cleared
-            self.freeze(axis, reason)
 
     def stopped(self, size: int, reason: str) -> np.ndarray:
         """Labels of an axis of a result that stays, for this reason."""
@@ -298,11 +300,9 @@ class Walk:
 
     def needing_zeros(self) -> np.ndarray:
         """Simple labels of entries that are zero in some sums only if they are made so."""
-        parts = [np.zeros(0, int)]
-        for labels in self.zeroed:
-            found = self.labels.parts(self.labels.find(labels))
-            parts.append(found.ravel())
-        return np.unique(np.concatenate(parts))
+        labels = np.concatenate([fixed(0), *self.zeroed])
+        found = self.labels.find(labels)
+        return np.unique(self.labels.parts(found))
 
     def _clearing(self, value: Value) -> Value:
         """The result of the equation at work, if it was it after which entries need not be zero."""
@@ -371,7 +371,7 @@ class Walk:
     def _enter(self, eqn: Any, ins: Values, sources: int) -> list:
         """Walks the programs inside an unknown equation, which keeps its arrays whole."""
         programs = []
-        for body in _bodies(eqn):
+        for body in bodies(eqn):
             variables = getattr(body, "jaxpr", body).invars
             depends = [sources] * len(variables)
             if len(variables) == len(ins):
@@ -484,9 +484,13 @@ def line_of(eqn: Any) -> str:
     return ""
 
 
-def _bodies(eqn: Any) -> list:
-    """The jaxprs among an equation's parameters that it runs, closed or not, alone or in tuples."""
+def bodies(eqn: Any) -> list:
+    """The jaxprs among an equation's parameters that it runs, closed or not, alone or in tuples; in
+    the order in which they are walked."""
     name = eqn.primitive.name
+    if name in INNER and "branches" not in eqn.params:
+        test = [eqn.params["cond_jaxpr"]] if "cond_jaxpr" in eqn.params else []
+        return [*test, _body_of(eqn)]
     if name in OPAQUE or name.startswith(SCALAR_BODIES):
         return []
     if name == "custom_linear_solve":  # also carries its transpose and the product, for derivatives
