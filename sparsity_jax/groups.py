@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsity_jax import tables, trees
-from sparsity_jax.channels import carried, execute, grouping, resized, rules, walk
+from sparsity_jax.channels import carried, execute, grouping, resized, rules, unstack, walk
 from sparsity_jax.channels.grouping import Group, Groups, Member
 from sparsity_jax.channels.labels import FROZEN
 from sparsity_jax.types import Arrays, Fields, PyTree
@@ -38,6 +38,7 @@ __all__ = [
     "State",
     "Struct",
     "Sums",
+    "Unstacked",
     "check",
     "compact",
     "compact_shapes",
@@ -53,6 +54,7 @@ __all__ = [
     "roles",
     "teach",
     "trace",
+    "unstacked",
 ]
 
 Struct = jax.ShapeDtypeStruct
@@ -235,6 +237,73 @@ def _signature(variables: Fields, inputs: tuple) -> tuple:
     types = [leaf.dtype for leaf in variables.values()]
     structs = map(_struct, leaves)
     return tuple(types), tuple(structs), tree
+
+
+class Unstacked(NamedTuple):
+    """A function whose layers have arrays of their own, where one array held those of all."""
+
+    apply: Callable  # apply(variables, *inputs)
+    variables: PyTree
+    restack: Callable  # restack(variables): the tree with stacked arrays
+
+
+def unstacked(
+    apply: Callable, variables: PyTree, *inputs: PyTree, state: State = None
+) -> Unstacked:
+    """`apply` with its scans over layers run layer by layer, so that each layer may lose channels
+    of its own.
+
+        apply, variables, restack = groups.unstacked(apply, variables, *inputs)
+        channels = groups.trace(apply, variables, *inputs)
+
+    Every array of the variables that scans take apart, and that nothing else reads, becomes a list
+    with one array per layer: `params/layers/up/kernel` becomes `params/layers/up/kernel/0` and so
+    on. So do results that are new values of such variables, see `state` of `trace`. A scan that
+    also takes apart fractions computed from inputs goes along these, such as time, and stays; give
+    caches of layers among the variables. Scans inside of scanned layers need another call.
+    Values and gradients are those of the scan, but compilation takes longer the more layers there
+    are. variables, inputs: arrays or shape structs. restack: for checkpoints of full variables;
+    raises ValueError for compact ones.
+    Raises ValueError if there is no such array, since layers would then lose the same channels as
+    before, and what `trace` raises.
+    """
+    channels = _traced(apply, variables, inputs, "tied", "frozen", state)
+    stacks = unstack.Stacks(unstack.scanned(channels.walked), list(channels.shapes.values()))
+    if not stacks.axes:
+        raise ValueError(
+            "no scan takes apart arrays of the variables that nothing else reads; allowed: a "
+            "function that scans over layers, all of whose stacked arrays are variables."
+        )
+    programs = _programs(apply, channels)
+
+    def layered(arrays: Iterable) -> PyTree:
+        return jax.tree.unflatten(channels.variables, stacks.split(arrays))
+
+    expected = trees.named_leaves(layered(channels.shapes.values()))
+
+    def leaves_of(variables: PyTree) -> list:
+        return stacks.joined(_expected(variables, expected, "unstacked").values())
+
+    def function(variables: PyTree, *inputs: PyTree) -> PyTree:
+        leaves = leaves_of(variables)
+        traced = programs(dict(zip(channels.shapes, leaves)), inputs)
+        outs = unstack.run(traced.walked, [*leaves, *jax.tree.leaves(inputs)])
+        results = stacks.results(outs, _renewed_numbers(traced))
+        return jax.tree.unflatten(traced.results, results)
+
+    def restack(variables: PyTree) -> PyTree:
+        arrays = map(unstack.whole, leaves_of(variables))
+        return jax.tree.unflatten(channels.variables, arrays)
+
+    return Unstacked(function, layered(jax.tree.leaves(variables)), restack)
+
+
+def _renewed_numbers(channels: Channels) -> dict[int, int]:
+    """Numbers of the results that are new values of variables, with those of the variables."""
+    outs = [_struct(var.aval) for var in channels.walked.program.jaxpr.outvars]
+    variables = jax.tree.unflatten(channels.variables, channels.shapes.values())
+    ends = carried.leaves_of(jax.tree.unflatten(channels.results, outs))
+    return carried.numbers(channels.state, ends, carried.leaves_of(variables))
 
 
 # Masks and smaller arrays ------------------------------------------------------------------------
@@ -468,13 +537,7 @@ def elastic(apply: Callable, channels: Channels, keep: Keep, *, state: State = N
     programs = _programs(apply, channels, state)
 
     def function(variables: PyTree, *inputs: PyTree) -> PyTree:
-        given = trees.named_leaves(variables)
-        for path, struct in expected.items():
-            _check_shape(path, given.get(path), struct, "compact")
-        for path in given:
-            if path not in expected:
-                raise ValueError(f"{path} is no array of the compact variables.")
-        leaves = {path: given[path] for path in expected}
+        leaves = _expected(variables, expected, "compact")
         traced = programs(leaves, inputs)
         alive = _alive_in(traced, channels, keep)
         arrays = [*leaves.values(), *jax.tree.leaves(inputs)]
@@ -482,6 +545,17 @@ def elastic(apply: Callable, channels: Channels, keep: Keep, *, state: State = N
         return jax.tree.unflatten(traced.results, outs)
 
     return function
+
+
+def _expected(variables: PyTree, expected: dict[str, Struct], what: str) -> Fields:
+    """Arrays by path, in the order of `expected`; raises ValueError for others than these."""
+    given = trees.named_leaves(variables)
+    for path, struct in expected.items():
+        _check_shape(path, given.get(path), struct, what)
+    for path in given:
+        if path not in expected:
+            raise ValueError(f"{path} is no array of the {what} variables.")
+    return {path: given[path] for path in expected}
 
 
 def _programs(apply: Callable, channels: Channels, state: State = None) -> Callable:

@@ -242,9 +242,14 @@ def is_kernel(path: str) -> bool:
 
 
 def last_name(path: str) -> str:
-    """The name of an array itself: the end of `path`, without the `value` of NNX states."""
-    *outer, name = [name.strip(".[]'\"") for name in path.split("/")]
-    return outer[-1] if outer and name == "value" else name
+    """The name of an array itself: the end of `path`, without the `value` of NNX states and the
+    number of one of several arrays."""
+    names = [name.strip(".[]'\"") for name in path.split("/")]
+    if len(names) > 1 and names[-1].isdigit():
+        names.pop()
+    if len(names) > 1 and names[-1] == "value":
+        names.pop()
+    return names[-1]
 
 
 def fold(combine: Callable, reduce: Callable, function: Callable, *arrays: Array) -> Array:

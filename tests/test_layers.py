@@ -106,7 +106,7 @@ RUNS = (
 FOLDERS = {
     "channels": (
         *("labels", "symbolic", "values", "rules", "indexing", "walk"),
-        *("carried", "kinds", "grouping", "resized", "execute", "__init__"),
+        *("carried", "kinds", "grouping", "resized", "execute", "unstack", "__init__"),
     ),
     "data": (
         *("sets", "augment", "inputs", "streams"),

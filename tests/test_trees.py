@@ -75,11 +75,14 @@ def test_kernels_of_other_libraries_are_recognised():
         "layers/0/weight",
         "w",
         "first/w",
+        "layers/kernel/0",
+        "layers/kernel/value/12",
         "kernel/bias",
         "value",
         "b",
+        "0",
     )
-    assert [trees.is_kernel(path) for path in paths] == [True] * 5 + [False] * 3
+    assert [trees.is_kernel(path) for path in paths] == [True] * 7 + [False] * 4
 
 
 @pytest.mark.parametrize("one_cpu", [False, True])

@@ -2460,6 +2460,26 @@ MUTATIONS = (
         "test_resized.py",
         "need_another_walk",
     ),
+    Mutation(
+        440,
+        "dropped condition",
+        "a scan along time comes apart as if it were over layers",
+        "channels/unstack.py",
+        "None if along_data else first",
+        "first",
+        "test_unstack.py",
+        "not_only_scanned",
+    ),
+    Mutation(
+        441,
+        "dropped step",
+        "new statistics of layers are one array, and tie these",
+        "channels/unstack.py",
+        "            if axis is None:\n",
+        "            if True:\n",
+        "test_unstack.py",
+        "layers_lose and linen",
+    ),
 )
 
 

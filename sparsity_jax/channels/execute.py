@@ -81,6 +81,14 @@ class Alive(NamedTuple):
             changed = symbolic.restored(changed, full, eqn.params)
         return eqn.params | changed
 
+    def equation(self, program: Program, eqn: Any, ins: Arrays, inner: list) -> Arrays:
+        """Results of an equation with the programs inside of it."""
+        return _run_equation(self, program, eqn, ins, inner)
+
+    def results(self, outs: list) -> list:
+        """What is given on of the results of a program."""
+        return outs
+
     def beside(self, labels: Labels) -> "Alive":
         """The same of labels that more were added to."""
         removed = with_room(self.removed, labels.num)
@@ -141,12 +149,12 @@ def run(alive: Alive, program: Program, *arrays: Any) -> list:
         if zeroed:
             value, *_ = program.known(eqn.invars)
             ins[0] = alive.zero(ins[0], value, zeroed)
-        outs = _run_equation(alive, program, eqn, ins, inner)
+        outs = alive.equation(program, eqn, ins, inner)
         env.update(zip(eqn.outvars, outs, strict=True))
         for var in _variables(eqn.invars):
             if last[var] is eqn:
                 env.pop(var, None)
-    return [_result(env, var) for var in jaxpr.outvars]
+    return alive.results([_result(env, var) for var in jaxpr.outvars])
 
 
 def _variables(atoms: Arrays) -> list:

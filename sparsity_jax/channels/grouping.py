@@ -173,9 +173,10 @@ def _names(members: Sequence[Member], paths: Mapping[str, int]) -> Iterator[str]
 
     first = min(members, key=rank)
     name = first.path
-    module, _, _ = name.removesuffix("/value").rpartition("/")
+    own = trees.last_name(name)
+    module, _, layer = name.rpartition(f"/{own}")
     if module and trees.is_kernel(name):
-        name = module
+        name = module + layer.removeprefix("/value")
     yield name
     yield f"{name}[{first.axis}]"
     for number in itertools.count(2):
