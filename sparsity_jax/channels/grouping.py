@@ -195,4 +195,8 @@ def left_over(walk: Walk, inputs: Inputs, used: Sequence[str], groups: Groups) -
         for a, axis in enumerate(value.axes):
             if (path, a) not in grouped and walk.labels.is_live(axis.labels):
                 left[reason].append((path, a))
-    return [Frozen(reason, "trace", "", places) for reason, places in left.items()]
+    events = []
+    for reason, places in left.items():
+        event = Frozen(reason, "trace", "", places)
+        events.append(event)
+    return events
