@@ -392,7 +392,7 @@ def test_new_values_are_declared():
     ("state", "told"),
     [
         ("0", "state is '0'"),
-        ("2", "state is '2'"),
+        ("2", "the results '2'"),
         ("", "state is ''"),
         ({"2": "state"}, "results '2', of which there are none"),
         ({"1": "params"}, "'params/mean', which is no variable"),

@@ -83,11 +83,13 @@ def declared(state: str | Mapping[str, str], results: Leaves, variables: Leaves)
     if not isinstance(state, str):
         return dict(state)
     wanted = _below(results, state)
+    if not wanted:
+        return {state: state}  # refused by `numbers`
     fitting = []
     for place, node in _nodes(variables).items():
         if all(rest in node and node[rest].shape == wanted[rest].shape for rest in wanted):
             fitting.append(place)
-    if not wanted or len(fitting) != 1:
+    if len(fitting) != 1:
         raise ValueError(
             f"state is {state!r}, but the results below it, {list(wanted)[:5]}, have the names and "
             f"shapes of variables at {len(fitting)} places {fitting[:5]}; allowed: one place, or "
