@@ -901,6 +901,18 @@ def test_hostile(name):
         compare(function, V, (X,), channels, keeps(channels, 1))
 
 
+def test_entries_of_several_channels_go_with_any_of_them():
+    """Products of all pairs of channels, side by side."""
+    pairs = lambda h: jnp.einsum("bi,bj->bij", h, h).reshape(4, 36)
+    channels = groups.trace(lambda v, x: pairs(hidden(v, x)) @ v["square"], V, X)
+    (name,) = channels.names
+    kept = np.arange(6) % 3 > 0
+    for given in (kept, jnp.asarray(kept)):
+        masked = groups.mask(V, channels, {name: given})
+        stays = np.any(masked["square"], 1).reshape(6, 6)
+        assert_array_equal(stays, np.outer(kept, kept))
+
+
 def test_a_loop_cannot_be_taught_anew():
     with pytest.raises(ValueError, match="'scan' runs programs inside"):
         groups.teach("scan", rules.elementwise(rules.all_zero))

@@ -527,7 +527,7 @@ MUTATIONS = (
         "stays[index[~kept]] = False",
         "stays[index[~kept]] = False; stays[index[kept]] = True",
         "test_groups.py",
-        "test_hostile",
+        "entries_of_several_channels",
     ),
     Mutation(
         46,
