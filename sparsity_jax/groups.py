@@ -415,8 +415,7 @@ def mask(variables: PyTree, channels: Channels, keep: Keep) -> PyTree:
 
 
 def _masked(variables: PyTree, channels: Channels, keep: Keep) -> PyTree:
-
-    def masked(leaf: Any, members: Members) -> Any:
+    def with_zeros(leaf: Any, members: Members) -> Any:
         leaf = jnp.asarray(leaf)
         for name, (_, axis, index, *_) in members:
             kept = _stays(keep[name], index, leaf.shape[axis])
@@ -425,7 +424,7 @@ def _masked(variables: PyTree, channels: Channels, keep: Keep) -> PyTree:
             leaf = jnp.where(kept.reshape(shape), leaf, jnp.zeros((), leaf.dtype))
         return leaf
 
-    return _map(masked, variables, channels)
+    return _map(with_zeros, variables, channels)
 
 
 def compact(variables: PyTree, channels: Channels, keep: Keep) -> PyTree:
@@ -493,10 +492,10 @@ def masked(apply: Callable, channels: Channels, keep: Keep, *, state: State = No
     def function(variables: PyTree, *inputs: PyTree) -> PyTree:
         leaves = trees.named_leaves(_masked(variables, channels, kept))
         traced = programs(leaves, inputs)
-        if not traced.groups:
+        if traced.groups is not channels.groups:
             traced.find_groups()
-        if _content(traced) != _content(channels):
-            raise ValueError("this function has other channel groups here: trace it anew.")
+            if _content(traced) != _content(channels):
+                raise ValueError("this function has other channel groups here: trace it anew.")
         arrays = [*leaves.values(), *jax.tree.leaves(inputs)]
         outs = execute.run(traced.zeroing(kept), traced.walked.program, *arrays)
         return jax.tree.unflatten(traced.results, outs)

@@ -72,6 +72,18 @@ def bit(*, groups, inside, hidden):
     return apply, filled(variables), (image(),)
 
 
+def encoder(width, heads, size, hidden):
+    """A block of attention and a hidden layer, and the classifier behind it."""
+    return dict(
+        norm1=norm(width),
+        attention=attention_layer(width, heads, size),
+        norm2=norm(width),
+        mlp=mlp_layer(width, hidden),
+        norm3=norm(width),
+        head=biased(width, CLASSES),
+    )
+
+
 def hybrid_vit(*, groups, inside, width, heads, size, hidden):
     """Patches of a convolution with standardised kernels, then a transformer."""
     stem = groups * inside
@@ -81,12 +93,7 @@ def hybrid_vit(*, groups, inside, width, heads, size, hidden):
         patches=biased(2, 2, stem, width),
         token=weights(1, 1, width),
         positions=weights(5, width),
-        norm1=norm(width),
-        attention=attention_layer(width, heads, size),
-        norm2=norm(width),
-        mlp=mlp_layer(width, hidden),
-        norm3=norm(width),
-        head=biased(width, CLASSES),
+        **encoder(width, heads, size, hidden),
     )
 
     def apply(p, x):
@@ -107,12 +114,7 @@ def sincos_vit(*, width, heads, size, hidden):
     """Positions are constants of the program; the mean of all patches is classified."""
     variables = dict(
         patches=biased(2, 2, 3, width),
-        norm1=norm(width),
-        attention=attention_layer(width, heads, size),
-        norm2=norm(width),
-        mlp=mlp_layer(width, hidden),
-        norm3=norm(width),
-        head=biased(width, CLASSES),
+        **encoder(width, heads, size, hidden),
     )
 
     def apply(p, x):

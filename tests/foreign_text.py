@@ -51,6 +51,12 @@ def causal(length):
     return jnp.where(jnp.tril(jnp.ones((length, length), bool)), 0.0, -1e9)
 
 
+def heads_of(width, heads, size):
+    """Kernels of attention without biases."""
+    made = dict.fromkeys("qkv", weights(width, heads, size))
+    return dict(made, out=weights(heads, size, width))
+
+
 def attention_layer(width, heads, size):
     made = dict.fromkeys("qkv", biased(width, heads, size, outputs=2))
     return dict(made, out=dict(kernel=weights(heads, size, width), bias=weights(width)))
@@ -193,10 +199,7 @@ def gptj(*, width, heads, size, hidden):
     variables = dict(
         words=weights(WORDS, width),
         norm1=norm(width),
-        q=weights(width, heads, size),
-        k=weights(width, heads, size),
-        v=weights(width, heads, size),
-        out=weights(heads, size, width),
+        **heads_of(width, heads, size),
         mlp=mlp_layer(width, hidden),
         norm2=norm(width),
         logits=biased(width, WORDS),
@@ -426,10 +429,7 @@ def cached(*, width, heads, size):
     variables = dict(
         words=weights(WORDS, width),
         norm=weights(width),
-        q=weights(width, heads, size),
-        k=weights(width, heads, size),
-        v=weights(width, heads, size),
-        out=weights(heads, size, width),
+        **heads_of(width, heads, size),
     )
 
     def apply(p, tokens, rows):

@@ -67,7 +67,8 @@ def _program(walk: Walk, old: Program, closed: Any) -> Program:
     for const, var in zip(consts, jaxpr.constvars):
         known = program.values[var].constant
         _require(known is None or bool(np.all(np.asarray(const) == known)))
-    for (eqn, inner), (other, _) in _pairs(list(old.equations()), [(e, None) for e in jaxpr.eqns]):
+    _require(len(old.jaxpr.eqns) == len(jaxpr.eqns))
+    for (eqn, inner), other in zip(old.equations(), jaxpr.eqns):
         _require(eqn.primitive is other.primitive)
         _compare_params(eqn, other)
         compare(eqn.invars, other.invars)
