@@ -45,6 +45,7 @@ class Labels:
         self._number = np.zeros(1024, LABEL)  # of every composite label: its row in `_sets`
         self._sets = np.zeros((1024, 1), LABEL)  # the simple labels inside; row 0 is of no label
         self._names = _Names()  # composite labels by what they are made from
+        self._tied: dict[tuple[int, int], tuple[Row, Row]] = {}  # rows, by their identities
         self._starts: list[int] = []  # the first label of each axis that has new ones
 
     def copy(self) -> "Labels":
@@ -86,14 +87,18 @@ class Labels:
 
     def roots(self, axes: Sequence[Row]) -> tuple[list[Row], list[list[int]]]:
         """Different rows of roots, and numbers of the axes that have each."""
-        ends = np.cumsum([0, *map(len, axes)])
-        every = self._roots(np.concatenate([np.zeros(0, LABEL), *axes]))
-        numbers: dict[bytes, list[int]] = collections.defaultdict(list)
-        for number, (start, end) in enumerate(itertools.pairwise(ends)):
-            row = every[start:end]
-            numbers[row.tobytes()].append(number)
-        rows = [np.frombuffer(row, LABEL) for row in numbers]
-        return rows, list(numbers.values())
+        rows = list(axes)
+        owners = [[number] for number in range(len(rows))]
+        for look_up in (self._parent.take, self._roots):  # many rows differ in nothing above them
+            ends = np.cumsum([0, *map(len, rows)])
+            above = look_up(np.concatenate([np.zeros(0, LABEL), *rows]))
+            shared: dict[bytes, list[int]] = collections.defaultdict(list)
+            for own, (start, end) in zip(owners, itertools.pairwise(ends)):
+                row = above[start:end]
+                shared[row.tobytes()] += own
+            rows = [np.frombuffer(row, LABEL) for row in shared]
+            owners = list(shared.values())
+        return rows, owners
 
     def parts(self, labels: Row) -> np.ndarray:
         """int [..., parts]: the simple labels that each representative dies with."""
@@ -122,8 +127,10 @@ class Labels:
 
     def tie(self, first: Row, second: Row) -> None:
         """Entry i of one dies exactly if entry i of the other does."""
-        if first is second:
+        both = (id(first), id(second))
+        if first is second or both in self._tied:
             return
+        self._tied[both] = (first, second)
         pairs = self._different(np.stack([first, second]))
         simple = self._simple(pairs)
         if simple.all() and _are_apart(*pairs):
