@@ -5,11 +5,13 @@
     python experiments/speed/deep.py --network llama --width 4096 --heads 32 --hidden 11008 \
         --depths 32
 
-Only shapes are traced, so no weights are needed. Prints a Markdown table, one row per depth.
+Only shapes are traced, so no weights are needed. Prints a Markdown table, one row per depth:
+medians, and the span of what the trace takes beyond three times the jaxpr.
 """
 
 import argparse
 import functools
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -173,34 +175,42 @@ def vit(at: Sizes) -> Network:
 NETWORKS = dict(gpt=gpt, llama=llama, vit=vit)
 
 
-def row(network: Network, depth: int) -> str:
-    apply, variables, inputs = network
-    start = time.process_time()
-    jaxpr = jax.make_jaxpr(apply)(variables, inputs)
-    made = time.process_time() - start
+def cpu_seconds(function: Callable) -> float:
     jax.clear_caches()
     start = time.process_time()
-    channels = groups.trace(apply, variables, inputs)
-    traced = time.process_time() - start
+    function()
+    return time.process_time() - start
+
+
+def row(network: Network, depth: int, repeats: int) -> str:
+    apply, variables, inputs = network
+    make = lambda: jax.make_jaxpr(apply)(variables, inputs)
+    trace = lambda: groups.trace(apply, variables, inputs)
+    made, traced, beyond = [], [], []
+    for _ in range(repeats):  # in turn, as the machine's speed changes
+        made.append(cpu_seconds(make))
+        traced.append(cpu_seconds(trace))
+        beyond.append(traced[-1] - 3 * made[-1])
     cells = [
         f"{depth}",
-        f"{len(jaxpr.eqns)}",
-        f"{made:.2f}",
-        f"{traced:.2f}",
-        f"{(traced - 3 * made):.2f}",
-        f"{len(channels.groups)}",
+        f"{len(make().eqns)}",
+        f"{statistics.median(made):.2f}",
+        f"{statistics.median(traced):.2f}",
+        f"{statistics.median(beyond):.2f} ({min(beyond):.2f} to {max(beyond):.2f})",
+        f"{len(trace().groups)}",
     ]
     return f"| {' | '.join(cells)} |"
 
 
-def main(network: str, depths: list[int], width: int, heads: int, hidden: int) -> None:
+def main(
+    network: str, depths: list[int], width: int, heads: int, hidden: int, repeats: int
+) -> None:
     print(f"{network}, width {width}, {heads} heads, hidden {hidden}, jax {jax.__version__}\n")
     print("| layers | equations | make_jaxpr s | trace s | beyond 3 jaxprs s | groups |")
     print("|---|---|---|---|---|---|")
-    for depth in [1, *depths]:  # the first one also loads what all need
-        text = row(NETWORKS[network](Sizes(depth, width, heads, hidden)), depth)
-        if depth in depths:
-            print(text, flush=True)
+    for depth in depths:
+        text = row(NETWORKS[network](Sizes(depth, width, heads, hidden)), depth, repeats)
+        print(text, flush=True)
 
 
 if __name__ == "__main__":
@@ -210,4 +220,5 @@ if __name__ == "__main__":
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--heads", type=int, default=12)
     parser.add_argument("--hidden", type=int, default=3072)
+    parser.add_argument("--repeats", type=int, default=7)
     main(**vars(parser.parse_args()))

@@ -2,7 +2,7 @@
 
 import collections
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -48,15 +48,16 @@ Inputs = Mapping[str, Value]  # what a walk knows of each variable, by path
 
 
 class _Entries(NamedTuple):
-    """What dies with each simple label: a row of each array for each entry.
+    """What dies with each simple label: entries of rows of labels, one row for all axes that lose
+    the same entries.
 
-    In the order in which the labels first occur, the entries of each in that of places.
+    In the order in which the labels first occur, the entries of each in that of rows.
     """
 
-    places: list[Place]  # axes of variables
+    places: list[list[Place]]  # the axes that have each row
     labels: np.ndarray
-    numbers: np.ndarray  # of places
-    positions: np.ndarray  # there
+    rows: np.ndarray
+    positions: np.ndarray  # on the axes
 
 
 def find(walk: Walk, inputs: Inputs, used: Sequence[str]) -> Groups:
@@ -64,21 +65,22 @@ def find(walk: Walk, inputs: Inputs, used: Sequence[str]) -> Groups:
 
     used: paths of the inputs that the program uses, in order.
     """
-    entries = _entries(walk, inputs, used)
+    in_order = dict.fromkeys((*used, *inputs))
+    ranks = {path: number for number, path in enumerate(in_order)}
+    rank = lambda place: (ranks[place[0]], place[1])
+    entries = _entries(walk, rank)
     zeroed = walk.needing_zeros()
     paths = {path: number for number, path in enumerate(inputs)}
     groups: Groups = {}
-    for own, rows, indices in _alike(walk, entries):
-        places = [entries.places[number] for number in own]
-        is_used = any(path in used for path, _ in places)
-        if len(rows) < 2 or not is_used:
+    for labels, indices in _alike(walk, entries):
+        members = tuple(_member(walk, place, indices[place]) for place in sorted(indices, key=rank))
+        is_used = any(member.path in used for member in members)
+        if len(labels) < 2 or not is_used:
             continue
-        members = tuple(map(_member, itertools.repeat(walk), places, indices))
         names = _names(members, paths)
         name = next(name for name in names if name not in groups)
-        labels = entries.labels[rows]
         needs_zeros = np.isin(labels, zeroed).any()
-        groups[name] = Group(name, len(rows), members, labels, bool(needs_zeros))
+        groups[name] = Group(name, len(labels), members, labels, bool(needs_zeros))
     labels_of = {name: group.labels for name, group in groups.items()}
     counts = {name: len(group.members) for name, group in groups.items()}
     told = kinds.of_groups(walk, labels_of, counts)
@@ -100,9 +102,9 @@ def _member(walk: Walk, place: Place, index: np.ndarray) -> Member:
 
 
 def _alike(walk: Walk, entries: _Entries) -> Iterator[tuple]:
-    """(numbers of places, first entry of each label, positions at each place) of labels that are of
-    one axis and have entries in the same places."""
-    numbers = entries.numbers
+    """(labels, positions of their entries by place) of labels that are of one axis and have entries
+    in the same rows."""
+    numbers = entries.rows
     starts = np.flatnonzero(np.diff(entries.labels, prepend=FROZEN))
     sizes = np.diff(starts, append=len(numbers))
     axes = walk.labels.axis_of(entries.labels[starts])
@@ -115,18 +117,20 @@ def _alike(walk: Walk, entries: _Entries) -> Iterator[tuple]:
     for (buffer, _), found in alike.items():
         copies = np.frombuffer(buffer, numbers.dtype)
         own, bounds = np.unique(copies, return_index=True)
-        rows = np.array(found)
+        firsts = np.array(found)
         each = np.arange(len(copies))
-        which = np.add.outer(rows, each)
+        which = np.add.outer(firsts, each)
         positions = entries.positions[which]
-        indices = np.split(positions, bounds[1:], 1)
-        yield own, rows, indices
+        indices: dict[Place, np.ndarray] = {}
+        for row, index in zip(own, np.split(positions, bounds[1:], 1)):
+            indices |= dict.fromkeys(entries.places[row], index)
+        yield entries.labels[firsts], indices
 
 
 def _runs(
     numbers: np.ndarray, starts: np.ndarray, sizes: np.ndarray, axes: np.ndarray
 ) -> Iterable[np.ndarray]:
-    """Neighbours among labels that are of one axis and have entries in the same places."""
+    """Neighbours among labels that are of one axis and have entries in the same rows."""
     before = np.arange(len(numbers)) - np.repeat(sizes, sizes)  # the same entry of the one before
     same = np.logical_and.reduceat(numbers == numbers[before], starts)
     same &= np.diff(sizes, prepend=0) == 0
@@ -135,30 +139,27 @@ def _runs(
     return filter(len, runs)
 
 
-def _entries(walk: Walk, inputs: Inputs, used: Sequence[str]) -> _Entries:
-    places: list[Place] = []
-    axes = []
-    for path in dict.fromkeys((*used, *inputs)):
-        for a, axis in enumerate(inputs[path].axes):
-            places.append((path, a))
-            axes.append(axis.labels)
-    sizes = list(map(len, axes))
-    numbers = np.repeat(np.arange(len(axes)), sizes)
+def _entries(walk: Walk, rank: Callable) -> _Entries:
+    """rank: what axes are in order of."""
+    shared = sorted(walk.shared, key=lambda item: min(map(rank, item[1])))
+    rows = [row for row, _ in shared]
+    places = [places for _, places in shared]
+    sizes = list(map(len, rows))
     starts = np.cumsum([0, *sizes[:-1]])
+    numbers = np.repeat(np.arange(len(rows)), sizes)
     positions = np.arange(len(numbers))
     positions -= np.repeat(starts, sizes)
-    every = np.concatenate([fixed(0), *axes])
-    found = walk.labels.find(every)
+    found = walk.labels.find(np.concatenate([fixed(0), *rows]))
     live = np.flatnonzero(found)
     parts = walk.labels.parts(found[live])
-    rows, which = np.nonzero(parts)
-    simple = parts[rows, which]
+    which, column = np.nonzero(parts)
+    simple = parts[which, column]
     backwards = np.arange(len(simple))[::-1]
     first = np.zeros(walk.labels.num, int)  # of all assignments the last counts
     backward_labels = simple[backwards]
     first[backward_labels] = backwards
     order = np.argsort(first[simple], kind="stable")
-    at = live[rows[order]]
+    at = live[which[order]]
     return _Entries(places, simple[order], numbers[at], positions[at])
 
 

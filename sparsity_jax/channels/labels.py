@@ -6,9 +6,12 @@ of them: entry (i, j) of two axes merged into one dies with i or with j. Arrays 
 written to: axes may share them.
 """
 
+import collections
 import copy
+import functools
 import itertools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -41,7 +44,8 @@ class Labels:
         self._dates = np.zeros(1024, LABEL)  # of every root: when it was frozen, 0 if it was not
         self._number = np.zeros(1024, LABEL)  # of every composite label: its row in `_sets`
         self._sets = np.zeros((1024, 1), LABEL)  # the simple labels inside; row 0 is of no label
-        self._names: dict[int, int] = {}  # composite labels by what they are made from
+        self._names = _Names()  # composite labels by what they are made from
+        self._tied: dict[tuple[int, int], tuple[Row, Row]] = {}  # rows, by their identities
         self._starts: list[int] = []  # the first label of each axis that has new ones
 
     def copy(self) -> "Labels":
@@ -71,16 +75,36 @@ class Labels:
     def find(self, labels: Row) -> Row:
         """The representative of every label."""
         roots = self._roots(labels)
-        return np.where(self._dates[roots], FROZEN, roots)
+        dates = self._dates.take(roots)
+        if dates.any():
+            return np.where(dates, FROZEN, roots)
+        return roots
 
     def dates(self, labels: Row) -> Row:
         """When each label was frozen; 0 if it was not, or is FROZEN itself."""
         roots = self._roots(labels)  # which may make room for more
         return self._dates[roots]
 
+    def roots(self, axes: Sequence[Row]) -> tuple[list[Row], list[list[int]]]:
+        """Different rows of roots, and numbers of the axes that have each."""
+        rows = list(axes)
+        owners = [[number] for number in range(len(rows))]
+        for look_up in (self._parent.take, self._roots):  # many rows differ in nothing above them
+            ends = np.cumsum([0, *map(len, rows)])
+            above = look_up(np.concatenate([np.zeros(0, LABEL), *rows]))
+            shared: dict[bytes, list[int]] = collections.defaultdict(list)
+            for own, (start, end) in zip(owners, itertools.pairwise(ends)):
+                row = above[start:end]
+                shared[row.tobytes()] += own
+            rows = [np.frombuffer(row, LABEL) for row in shared]
+            owners = list(shared.values())
+        return rows, owners
+
     def parts(self, labels: Row) -> np.ndarray:
         """int [..., parts]: the simple labels that each representative dies with."""
-        numbers = self._number[labels]
+        numbers = self._number.take(labels)
+        if not numbers.any():
+            return labels[..., None]
         parts = self._sets[numbers]
         simple = np.where(numbers, FROZEN, labels)
         parts[..., -1] += simple  # where row 0 has nothing
@@ -103,10 +127,15 @@ class Labels:
 
     def tie(self, first: Row, second: Row) -> None:
         """Entry i of one dies exactly if entry i of the other does."""
-        if first is second:
+        both = (id(first), id(second))
+        if first is second or both in self._tied:
             return
+        self._tied[both] = (first, second)
         pairs = self._different(np.stack([first, second]))
         simple = self._simple(pairs)
+        if simple.all() and _are_apart(*pairs):
+            self._unite(*pairs)
+            return
         while simple.any():
             self._unite(*pairs[:, simple])  # of several partners of a label one
             pairs = self._different(pairs)  # the others have another turn
@@ -125,10 +154,7 @@ class Labels:
         if len(live) > 1 and size > MOST:
             every = np.concatenate(live)
             self.freeze(every)
-        merged = np.zeros(1, LABEL)
-        for axis in axes:
-            merged = self._product(merged, self.find(axis))
-        return merged
+        return functools.reduce(self._product, map(self.find, axes))
 
     def split(self, labels: Row, shape: Shape) -> list:
         """Labels of the axes of `shape` into which one axis is split, row-major; ties what must die
@@ -152,10 +178,9 @@ class Labels:
 
     def _replace(self, labels: Row, others: Row) -> None:
         """Ties representatives to labels of new sets."""
-        is_rising = np.all(labels[1:] > labels[:-1])
         is_live = labels[0] != FROZEN and others.all()
         is_simple = not self._number[labels].any()
-        if is_rising and is_live and is_simple:
+        if _is_rising(labels) and is_live and is_simple:
             self._parent[labels] = others  # each of them becomes another set
         else:
             self.tie(labels, others)
@@ -165,20 +190,25 @@ class Labels:
     def _roots(self, labels: Row) -> Row:
         """The root of every label, frozen or not."""
         roots = self._climb(labels)
-        is_composite = self._number[roots] > 0
-        is_live = self._dates[roots] == 0
-        composite = roots[is_composite & is_live]
-        if composite.size and self._renew(composite):
-            roots = self._climb(roots)
-        self._parent[labels] = roots
+        numbers = self._number.take(roots)
+        if numbers.any():
+            is_live = self._dates.take(roots) == 0
+            composite = roots[is_live & (numbers > 0)]
+            if composite.size and self._renew(composite):
+                roots = self._climb(labels)
         return roots
 
     def _climb(self, labels: Row) -> Row:
-        roots = self._parent[labels]
-        above = self._parent[roots]
+        """The root of every label, of which it is the child from now on."""
+        parents = self._parent.take(labels)
+        roots = self._parent.take(parents)
+        if np.array_equal(parents, roots):
+            return roots
+        above = self._parent.take(roots)
         while not np.array_equal(above, roots):
             roots = above
-            above = self._parent[roots]
+            above = self._parent.take(roots)
+        self._parent[labels] = roots
         return roots
 
     def _renew(self, composite: Row) -> bool:
@@ -219,8 +249,8 @@ class Labels:
 
     def _product(self, first: Row, second: Row) -> Row:
         """Labels of all pairs of two rows of representatives, the second fastest."""
-        rows, row = np.unique(first, return_inverse=True)
-        columns, column = np.unique(second, return_inverse=True)
+        rows, row = _distinct(first)
+        columns, column = _distinct(second)
         height = len(rows)
         width = len(columns)
         of_rows = np.repeat(self.parts(rows), width, 0)
@@ -233,10 +263,12 @@ class Labels:
 
     def _name(self, sets: np.ndarray) -> Row:
         """The label that dies with any of the simple, live labels of each row, in any order."""
-        sets = np.sort(sets, 1)
-        repeated = sets[:, 1:] == sets[:, :-1]
-        sets[:, 1:][repeated] = FROZEN
-        sets.sort(1)
+        if np.any(sets[:, 1:] <= sets[:, :-1]):
+            sets = _ordered(sets)
+            repeated = sets[:, 1:] == sets[:, :-1]
+            if repeated.any():
+                sets[:, 1:][repeated] = FROZEN
+                sets = _ordered(sets)
         names = np.zeros(len(sets), LABEL)
         for more in sets.T:
             names = self._pair(names, more)
@@ -248,44 +280,51 @@ class Labels:
         if not larger.any():
             return more
         keys = _packed(names[larger], more[larger])
-        keys, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-        known = map(self._names.get, keys.tolist(), itertools.repeat(FROZEN))
-        made = np.fromiter(known, LABEL, len(keys))
+        if _is_rising(keys):
+            made = self._made(keys, np.arange(len(keys)))
+        else:
+            keys, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+            made = self._made(keys, first)[inverse]
+        result = more.copy()
+        result[larger] = made
+        return result
+
+    def _made(self, keys: Row, first: Row) -> Row:
+        """The label of each pair, by rising keys; new ones in the order of `first`."""
+        made = self._names.of(keys)
         new = np.flatnonzero(made == FROZEN)
         if new.size:
             order = np.argsort(first[new])
-            new = new[order]
-            own_keys = keys[new]
-            made[new] = self._compose(*_unpacked(own_keys))
-            named = zip(own_keys.tolist(), made[new].tolist())
-            self._names.update(named)
-        result = more.copy()
-        result[larger] = made[inverse]
-        return result
+            in_order = new[order]
+            made[in_order] = self._compose(*_unpacked(keys[in_order]))
+            self._names.add(keys[new], made[new])
+        return made
 
     def _compose(self, names: Row, more: Row) -> Row:
         """New labels of sets with one label more each."""
         sets = np.column_stack([self.parts(names), more])
-        if sets[:, 0].any():
-            self._sets = np.pad(self._sets, ((0, 0), (1, 0)))
-        else:
+        if not sets[:, 0].any():
             sets = sets[:, 1:]
+        wider = sets.shape[1] - self._sets.shape[1]
+        if wider > 0:
+            self._sets = np.pad(self._sets, ((0, 0), (wider, 0)))
         made = self.fresh(len(sets))
-        first = len(self._names) + 1
+        first = self._names.num + 1
         numbers = np.arange(first, first + len(sets))
         self._sets = with_room(self._sets, first + len(sets))
-        self._sets[numbers] = sets
+        self._sets[numbers, -sets.shape[1] :] = sets
         self._number[made] = numbers
         return made
 
     def _different(self, pairs: Pairs) -> Pairs:
         """Representatives of the pairs that differ, but for those that one was frozen of."""
         roots = self._roots(pairs)
-        dates = self._dates[roots]
-        pairs = np.where(dates, FROZEN, roots)
-        cause = dates.max(0)
-        if cause.any() and self._pass_on(pairs, cause):
-            pairs = self.find(pairs)
+        dates = self._dates.take(roots)
+        pairs = roots
+        if dates.any():
+            pairs = np.where(dates, FROZEN, roots)
+            if self._pass_on(pairs, dates.max(0)):
+                pairs = self.find(pairs)
         differ = pairs[0] != pairs[1]
         return pairs[:, differ]
 
@@ -372,19 +411,85 @@ class Labels:
         return not np.isin(moved, parts).any()
 
 
+class _Names:
+    """Labels by keys, in a few runs of rising keys, each shorter than half of the one before.
+
+    num: of keys.
+    """
+
+    def __init__(self) -> None:
+        self.num = 0
+        self._runs: list[tuple[Row, Row]] = []
+
+    def __copy__(self) -> "_Names":
+        other = _Names()
+        other.num = self.num
+        other._runs = list(self._runs)
+        return other
+
+    def of(self, keys: Row) -> Row:
+        """The label of each of rising keys; FROZEN for those that have none."""
+        found = np.zeros(len(keys), LABEL)
+        for known, labels in self._runs:
+            if known[0] <= keys[-1] and keys[0] <= known[-1]:
+                at = np.searchsorted(known, keys)
+                nearest = np.minimum(at, len(known) - 1)
+                same = known[nearest] == keys
+                found[same] = labels[nearest[same]]
+        return found
+
+    def add(self, keys: Row, labels: Row) -> None:
+        """keys: rising, without labels so far."""
+        self.num += len(keys)
+        while self._runs and 2 * len(keys) > len(self._runs[-1][0]):
+            known, others = self._runs.pop()
+            keys = np.concatenate([known, keys])
+            labels = np.concatenate([others, labels])
+            order = np.argsort(keys, kind="stable")  # merges runs
+            keys = keys[order]
+            labels = labels[order]
+        self._runs.append((keys, labels))
+
+
+def _ordered(sets: np.ndarray) -> np.ndarray:
+    """Each row in order."""
+    if sets.shape[1] == 2:  # most are pairs, which sort() is slow for
+        first, second = sets.T
+        return np.stack([np.minimum(first, second), np.maximum(first, second)], 1)
+    return np.sort(sets, 1)
+
+
+def _distinct(labels: Row) -> tuple[Row, Row]:
+    """The different labels in order, and which of them each is."""
+    if _is_rising(labels):
+        return labels, np.arange(len(labels))
+    return np.unique(labels, return_inverse=True)
+
+
+def _is_rising(row: Row) -> bool:
+    return bool(np.all(row[1:] > row[:-1]))
+
+
 def with_room(array: np.ndarray, num: int) -> np.ndarray:
     """The array with at least `num` rows."""
     if num <= len(array):
         return array
-    missing = 2 * num - len(array)
-    more = np.zeros((missing, *array.shape[1:]), array.dtype)
-    return np.concatenate([array, more])
+    larger = np.zeros((2 * num, *array.shape[1:]), array.dtype)
+    larger[: len(array)] = array
+    return larger
 
 
 def _unique(pairs: Pairs) -> Pairs:
     """The different ones of pairs of labels, in order."""
     keys = np.unique(_packed(*pairs))
     return np.stack(_unpacked(keys))
+
+
+def _are_apart(first: Row, second: Row) -> bool:
+    """Whether no label is in two of the pairs; told for rising labels alone."""
+    if not first.size or not _is_rising(first) or not _is_rising(second):
+        return False
+    return bool(first[-1] < second[0] or second[-1] < first[0])
 
 
 def _packed(first: Row, second: Row) -> Row:

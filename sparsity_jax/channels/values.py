@@ -41,7 +41,7 @@ class Axis(NamedTuple):
     @property
     def unnamed(self) -> "Axis":
         """The same axis, as that of no input."""
-        return self._replace(origin=())
+        return self._replace(origin=()) if self.origin else self
 
 
 class Value(NamedTuple):
@@ -107,7 +107,10 @@ class Order:
         """It is done with the inputs of these bits."""
         fresh = sources & ~self._bits
         self._bits |= fresh
-        self.numbers += [i for i in range(fresh.bit_length()) if fresh >> i & 1]
+        while fresh:
+            lowest = fresh & -fresh
+            self.numbers.append(lowest.bit_length() - 1)
+            fresh ^= lowest
 
     def of(self, names: Iterable[str]) -> list[str]:
         """Those of the inputs with names, which come first."""

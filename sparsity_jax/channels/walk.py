@@ -120,7 +120,8 @@ class Walk:
     over with entries that are not zero when removed. terms: scale or shift, of axes of vectors that
     entries are multiplied by or that are added to them. used: inputs that some equation reads.
     multiplied: inputs that reach a product or convolution. zeroed: labels of axes that are summed
-    over once removed entries are zero again. stand_ins: numbers for symbolic sizes.
+    over once removed entries are zero again. shared: different labels of axes of inputs, with all
+    axes that have them, once all is walked. stand_ins: numbers for symbolic sizes.
     """
 
     program: Program
@@ -144,6 +145,7 @@ class Walk:
         self._since: tuple = ()
         self._asked: list[Axis] = []  # which the equation at work needs zeros along
         self.zeroed: list = []
+        self.shared: list[tuple[np.ndarray, list[Place]]] = []
         self._events: list[tuple] = []  # those that are dates of `labels`, and where they were
 
     # For rules
@@ -282,21 +284,26 @@ class Walk:
 
     def find_events(self) -> None:
         """Which axes of inputs each event froze, if any; once, at the end."""
-        frozen: dict = collections.defaultdict(dict)
         axes = [axis for value in self.inputs for axis in value.axes if axis.origin]
-        labels = np.concatenate([fixed(0), *(axis.labels for axis in axes)])
-        numbers = np.repeat(np.arange(len(axes)), [axis.size for axis in axes])
-        dates = self.labels.dates(labels)
+        rows, sharing = self.labels.roots([axis.labels for axis in axes])
+        dates = self.labels.dates(np.concatenate([fixed(0), *rows]))
+        numbers = np.repeat(np.arange(len(rows)), list(map(len, rows)))
         is_frozen = np.flatnonzero(dates)
         changes = np.stack([numbers[is_frozen], dates[is_frozen]])
         changes = changes[:, np.diff(changes, prepend=0).any(0)]
+        frozen: dict = collections.defaultdict(set)
         for number, date in changes.T.tolist():
-            frozen[date] |= dict.fromkeys(axes[number].origin)
+            frozen[date].update(sharing[number])
         for date, (reason, primitive, path, since) in enumerate(self._events, 1):
             if date in frozen:
-                members = tuple(frozen[date])
+                origins = [axes[number].origin for number in sorted(frozen[date])]
+                members = tuple(dict.fromkeys(itertools.chain(*origins)))
                 event = Frozen(reason, primitive, _source(path), members, _told(since))
                 self.events.append(event)
+        for row, own in zip(rows, sharing):
+            origins = [axes[number].origin for number in own]
+            places = list(itertools.chain(*origins))
+            self.shared.append((row, places))
 
     def needing_zeros(self) -> np.ndarray:
         """Simple labels of entries that are zero in some sums only if they are made so."""
