@@ -27,6 +27,7 @@ DOCUMENTS = (
         "docs/pretrained.md",
         "docs/streaming.md",
         "docs/teach_a_primitive.md",
+        "docs/compare.md",
         "experiments/LEDGER.md",
     ),
 )
