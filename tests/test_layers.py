@@ -70,6 +70,7 @@ RUNS = (
         "lock",
         "imports",
         "members",
+        "provenance",
         "report",
         "runs",
         "compare",

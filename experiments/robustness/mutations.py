@@ -2540,6 +2540,16 @@ MUTATIONS = (
         "test_compare.py",
         "settings_of_their_own_arm",
     ),
+    Mutation(
+        706,
+        "complement",
+        "a config file that git does not follow has the commit of its folder",
+        "provenance.py",
+        "path.name) is None",
+        "path.name) is False",
+        "test_provenance.py",
+        "provenance_of_a_file",
+    ),
 )
 
 
