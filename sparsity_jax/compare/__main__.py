@@ -26,7 +26,9 @@ def main(argv: list[str] | None = None) -> int:
         if not several:
             return 1
         rows = merged(several).rows
-        told = compare.compared(rows, ratios=options.ratios, metrics=options.metrics)
+        told = compare.compared(
+            rows, ratios=options.ratios, metrics=options.metrics, decimals=options.decimals
+        )
         _write(options, several, told)
     except (OSError, ValueError) as error:
         parser.error(str(error))
@@ -49,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         help="a number of rows, such as compact.flops_compact; may be repeated",
     )
+    add("--decimals", type=int, default=2, help="of accuracies in percent")
     add("--out", type=Path, help=f"folder for {compare.PAGE}, {_NAME}.csv and {_NAME}.md")
     add("--csv", type=Path, help="file for the numbers")
     add("--markdown", type=Path, help="file for the table")

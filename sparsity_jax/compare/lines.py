@@ -31,6 +31,7 @@ RATIOS = (0.9, 0.95, 0.98, 0.99)  # shares removed whose accuracies have a colum
 _USUAL = {"width": "predicted", "limit": "limit"}  # kinds of rows, and the number that counts
 _SHARES = ("predicted", "limit", "low", "high", "sparsity", "sparsity_all")
 _LAST = ("largest", "epochs", "seconds")  # columns behind all others
+_ACCURACY = ".2%"  # the form of columns of accuracies
 _MOST_NAMES = 8  # of settings in a sentence
 
 
@@ -61,14 +62,18 @@ class Comparison(NamedTuple):
 
 
 def compared(
-    rows: Rows, *, ratios: Sequence[float] = RATIOS, metrics: Sequence[str] = ()
+    rows: Rows,
+    *,
+    ratios: Sequence[float] = RATIOS,
+    metrics: Sequence[str] = (),
+    decimals: int = 2,
 ) -> Comparison:
     """Rows of one run, or of several as `report.gather` gives them, as lines of a table.
 
     A line per pruning curve and per trained network of every setting, see `summary.summarize`.
     ratios: shares removed whose accuracy it tells. metrics: names `STAGE.FIELD` of further numbers,
-    of which the last one of every network counts; default: predicted and found limits. Raises
-    ConfigError for a name that no row has.
+    of which the last one of every network counts; default: predicted and found limits.
+    decimals: of accuracies and limits in percent. Raises ConfigError for a name that no row has.
     """
     every = runs.differing(rows)
     grouped = series.group(rows)
@@ -89,7 +94,11 @@ def compared(
     names = runs.free_names(every, {name for row in rows for name in row})
     settings = {path: names[path] for path in telling}
     also = [names[path] for path in every if path not in telling]
-    return Comparison(grouped, lines, settings, also, _columns_of(lines, metrics, ratios))
+    columns = _columns_of(lines, metrics, ratios)
+    for name, column in columns.items():
+        if column.form == _ACCURACY:
+            columns[name] = column._replace(form=f".{decimals}%")
+    return Comparison(grouped, lines, settings, also, columns)
 
 
 def _telling(grouped: Grouped, settings: Sequence[str]) -> list[str]:
@@ -141,7 +150,7 @@ def _metric(name: str) -> Column:
     """The column of a metric."""
     field = _field_of(name)
     if field in _SHARES or field.endswith("accuracy"):
-        return Column(f"{name}|%", ".2%")
+        return Column(f"{name}|%", _ACCURACY)
     return Column(name, "")
 
 
