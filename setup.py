@@ -45,6 +45,8 @@ setuptools.setup(
     extras_require={
         "cuda": ["jax[cuda12]>=0.10"],
         "prepare": ["tensorflow-cpu>=2.18", "importlib_resources"],
+        "wandb": ["wandb>=0.18"],
+        "mlflow": ["mlflow-skinny>=2.16"],
         "test": [
             "equinox>=0.13",
             "pytest>=8",

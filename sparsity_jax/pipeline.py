@@ -29,7 +29,7 @@ from sparsity_jax.building import build, enough_memory_for, use_deterministic, u
 from sparsity_jax.interface import Place, Stage
 from sparsity_jax.plans import STAGES, Plan, base, check, plain, settings, stage
 from sparsity_jax.progress import Display, tell_environment, write_report
-from sparsity_jax.report import Writer
+from sparsity_jax.report import Writer, trackers
 from sparsity_jax.tables import within
 from sparsity_jax.train import NonFiniteLossError, Problem, State
 from sparsity_jax.types import AnyPath, Config, MemberRows, Row, Rows
@@ -179,7 +179,8 @@ def _run_plan(
     with train.naming("at the start of the run"):
         stages.check_weights(problem, state)
     saved = checkpoint.Checkpoints(workdir, config, found, still_mine)
-    with contextlib.closing(saved), Writer(workdir, progress.rows) as writer:
+    own_trackers = trackers.begin(plan.common["log"], workdir, config)
+    with contextlib.closing(saved), Writer(workdir, progress.rows, own_trackers) as writer:
         run = Run(plan, problem, saved, writer, progress.rows, origin)
         if found:
             stage_number = min(progress.stage + 1, len(plan.pipeline))

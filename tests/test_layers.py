@@ -124,7 +124,8 @@ FOLDERS = {
     "models": ("layers", "mlp", "convolutions", "cnn", "resnet", "vgg", "mobilenet", "__init__"),
     "compare": ("lines", "page", "__init__", "__main__"),
     "report": (
-        *("files", "rows", "events", "runs", "sections", "series", "raw", "draw", "summary"),
+        *("files", "rows", "trackers", "events", "runs", "sections", "series", "raw", "draw"),
+        "summary",
         *("pruning", "training", "growth", "channels", "limits", "page", "__init__", "__main__"),
     ),
 }

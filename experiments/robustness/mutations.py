@@ -2550,6 +2550,16 @@ MUTATIONS = (
         "test_provenance.py",
         "provenance_of_a_file",
     ),
+    Mutation(
+        707,
+        "dropped statement",
+        "a run at a tracker is never ended",
+        "report/trackers.py",
+        "self._run.finish()",
+        "pass",
+        "test_trackers.py",
+        "numbers_of_all_rows",
+    ),
 )
 
 

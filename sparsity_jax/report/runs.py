@@ -11,7 +11,7 @@ from sparsity_jax.types import AnyPath, Fields, Row, Rows
 
 __all__ = ["Run", "gather", "merged", "names_of", "read_rows", "runs_in"]
 
-_IDLE = {"title", "checkpoint_seconds", "sweep", "seed"}  # no number depends on them
+_IDLE = {"title", "checkpoint_seconds", "log", "sweep", "seed"}  # no number depends on them
 _DECIDING = ("sparsity_jax", "precision", "chance")  # of the environment: numbers depend on them
 
 
