@@ -56,7 +56,7 @@ def load(*workdirs: AnyPath) -> pd.DataFrame:
         table[path] = table[path].map(_scalar)
     pairs = zip(names_of(every), every)
     places = [(name, row.get("member", 0)) for name, run in pairs for row in run.rows]
-    table[["run", "member"]] = pd.DataFrame(places, table.index)
+    table[["run", "member"]] = pd.DataFrame(places, table.index, ["run", "member"])
     fields = [name for name in table if "." not in name]
     first = ["run", "member", "arm", *settings, *filter(is_seed, table), *_PLACE]
     order = dict.fromkeys([*first, *fields])

@@ -94,6 +94,27 @@ def test_members_have_the_settings_of_their_own_arm(tmp_path):
     assert sorted(count for _, count in cells(compared(tmp_path)).values()) == [1, 1, 2]
 
 
+def test_members_that_ran_one_after_the_other_are_one_run(tmp_path):
+    """Whose folders have newer rows than the whole run's while it goes on."""
+    sweep = dict(fit=dict(optimizer=dict(rate=[0.1, 0.3])), mode="loop")
+    whole = save(tmp_path / "run", [], sweep=sweep)
+    for number, rate in enumerate((0.1, 0.3)):
+        rows = curve(0, rate, **{"fit.optimizer.rate": rate})
+        save(whole / f"member_00{number}", rows, fit=fit(rate))
+    table = runs.load(whole)
+    assert list(table["member"]) == [0, 0, 1, 1]
+    assert list(table["fit.optimizer.rate"]) == [0.1, 0.1, 0.3, 0.3]
+    assert cells(compared(whole)) == {"A (rate=0.1)": (0.1, 1), "A (rate=0.3)": (0.3, 1)}
+
+
+def test_runs_without_rows_have_no_table(tmp_path, capsys):
+    save(tmp_path / "run", [])
+    assert runs.load(tmp_path / "run").empty
+    with pytest.raises(SystemExit):
+        command.main([str(tmp_path / "run")])
+    assert "there is no table" in capsys.readouterr().err
+
+
 def test_lists_and_top_level_settings_are_cells_of_a_table(tmp_path):
     save(tmp_path / "a", curve(0, 0.5), model=dict(widths=[8, 8]))
     save(tmp_path / "b", curve(0, 0.5), model=dict(widths=[8]), mesh=2)
@@ -204,9 +225,3 @@ def test_folders_that_cannot_be_read_are_left_out_aloud(three, capsys):
     assert command.main([str(foreign)]) == 1
     with pytest.raises(SystemExit):
         command.main([str(three / "a"), "--metric", "curve.loss"])
-
-
-def test_comparing_imports_no_jax():
-    code = "import sys; from sparsity_jax.compare import __main__; assert 'jax' not in sys.modules"
-    done = tiny.python("-c", code)
-    assert done.returncode == 0, done.stderr

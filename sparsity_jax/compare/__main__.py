@@ -29,6 +29,8 @@ def main(argv: list[str] | None = None) -> int:
         told = compare.compared(
             rows, ratios=options.ratios, metrics=options.metrics, decimals=options.decimals
         )
+        if not told.lines:
+            raise ValueError("no run has trained or measured a network yet; there is no table.")
         _write(options, several, told)
     except (OSError, ValueError) as error:
         parser.error(str(error))
@@ -79,7 +81,9 @@ def _readable(workdirs: list[str]) -> tuple[list[Run], list[str]]:
 def _write(options: argparse.Namespace, several: list[Run], told: compare.Comparison) -> None:
     """Prints the table, and writes the files that are asked for."""
     table = compare.texts(told)
-    table.index = [joined(line.label, line.variant) for line in told.lines]
+    table.index += 1
+    for number, line in zip(table.index, told.lines):
+        sys.stdout.write(f"{number}: {joined(line.label, line.variant)}\n")
     width = shutil.get_terminal_size().columns
     sys.stdout.write(f"{table.loc[:, 'seeds':].to_string(line_width=width)}\n")
     for sentence in compare.notes(told):
