@@ -6,6 +6,7 @@ rows = runs.load("runs/a", "runs/b")
 last = rows[rows["kind"] == "train"].groupby(["run", "arm", "member"]).last()
 """
 
+import itertools
 import json
 from collections.abc import Container, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from sparsity_jax.report.runs import Run, merged, names_of, runs_in
 from sparsity_jax.report.sections import setting
 from sparsity_jax.types import AnyPath, Rows
 
-__all__ = ["differing", "free_names", "load", "several"]
+__all__ = ["as_text", "differing", "free_names", "load", "several"]
 
 _UNNAMED = "config."  # before the names of settings that are of no stage, in rows
 _PLACE = ["stage", "kind", "visit"]
@@ -54,20 +55,30 @@ def load(*workdirs: AnyPath) -> pd.DataFrame:
     table = pd.DataFrame(rows)
     for path in settings:
         table[path] = table[path].map(_scalar)
-    pairs = zip(names_of(every), every)
-    places = [(name, row.get("member", 0)) for name, run in pairs for row in run.rows]
+    places = []
+    for name, run in zip(names_of(every), every):
+        for row in run.rows:
+            member = row.get("member", 0)
+            places.append((name, member))
     table[["run", "member"]] = pd.DataFrame(places, table.index, ["run", "member"])
     fields = [name for name in table if "." not in name]
     first = ["run", "member", "arm", *settings, *filter(is_seed, table), *_PLACE]
     order = dict.fromkeys([*first, *fields])
-    told = table[[name for name in order if name in table]].dropna(axis="columns", how="all")
+    there = [name for name in order if name in table]
+    told = table[there].dropna(axis="columns", how="all")
     return told.rename(columns=free_names(settings, fields))
 
 
 def differing(rows: Rows) -> list[str]:
     """Names of the settings, but seeds, in which the networks of merged rows differ."""
-    paths = {path: None for row in rows for path in row if "." in path and not is_seed(path)}
-    return [path for path in paths if len({_text(row.get(path)) for row in rows}) > 1]
+    names = dict.fromkeys(itertools.chain(*rows))
+    paths = [name for name in names if "." in name and not is_seed(name)]
+    differ = []
+    for path in paths:
+        values = {as_text(row.get(path)) for row in rows}
+        if len(values) > 1:
+            differ.append(path)
+    return differ
 
 
 def free_names(settings: Sequence[str], fields: Container[str]) -> dict[str, str]:
@@ -76,7 +87,8 @@ def free_names(settings: Sequence[str], fields: Container[str]) -> dict[str, str
     return {path: path if name in fields else name for path, name in names.items()}
 
 
-def _text(value: Any) -> str:
+def as_text(value: Any) -> str:
+    """A setting as JSON, to compare it."""
     return json.dumps(value, default=str)
 
 

@@ -1,6 +1,5 @@
 """Networks beside each other: a line per setting, with means and deviations over seeds alone."""
 
-import json
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -47,18 +46,24 @@ class Comparison(NamedTuple):
     also: list[str]
     columns: dict[str, Column]
 
+    def rows(self, line: Summary) -> Rows:
+        """All rows of a line's networks."""
+        return self.grouped[line.series].rows
+
     def label(self, line: Summary) -> str:
         """The label of a line's networks in their own run."""
-        return str(self.grouped[line.series].rows[0].get("arm", "run"))
+        return _arm_of(self.grouped[line.series])
 
     def values(self, line: Summary) -> Fields:
         """The settings of a line by their names on the command line."""
-        row = self.grouped[line.series].rows[0]
+        row = self.rows(line)[0]
         return {name: row.get(path) for path, name in self.settings.items()}
 
     def seeds(self, line: Summary) -> int:
         """How many networks a line is about."""
-        return len({member_of(row) for row in self.grouped[line.series].rows})
+        rows = self.rows(line)
+        networks = set(map(member_of, rows))
+        return len(networks)
 
 
 def compared(
@@ -78,90 +83,104 @@ def compared(
     every = runs.differing(rows)
     grouped = series.group(rows)
     telling = _telling(grouped, every)
-    grouped = [one._replace(label=series.label_of(one.rows[0], telling)) for one in grouped]
-    known = _metrics_in(rows)
-    for name in metrics:
-        if name not in known:
-            raise ConfigError("--metric", name, why="which no row has", known=known)
-    if not metrics:
-        metrics = [name for name, kind in known.items() if _field_of(name) == _USUAL.get(kind)]
-    lines = []
-    for line in _summaries(grouped, ratios):
-        last = {name: _last_numbers(grouped[line.series], name) for name in metrics}
-        cells = {name: values for name, values in last.items() if values[2]}
-        lines.append(line._replace(cells={**line.cells, **cells}))
-    lines = [line for line in lines if line.cells]
-    names = runs.free_names(every, {name for row in rows for name in row})
-    settings = {path: names[path] for path in telling}
-    also = [names[path] for path in every if path not in telling]
-    columns = _columns_of(lines, metrics, ratios)
+    labelled = []
+    for one in grouped:
+        label = series.label_of(one.rows[0], telling)
+        labelled.append(one._replace(label=label))
+    chosen = _chosen_metrics(rows, metrics)
+    lines = _lines_of(labelled, ratios, chosen)
+    fields = set().union(*rows)
+    names = runs.free_names(every, fields)
+    settings = {path: names.pop(path) for path in telling}
+    columns = _columns_of(lines, ratios, chosen)
     for name, column in columns.items():
         if column.form == _ACCURACY:
             columns[name] = column._replace(form=f".{decimals}%")
-    return Comparison(grouped, lines, settings, also, columns)
+    return Comparison(labelled, lines, settings, list(names.values()), columns)
+
+
+def _arm_of(one: Series) -> str:
+    """The label of networks in their own run."""
+    return str(one.rows[0].get("arm", "run"))
 
 
 def _telling(grouped: Grouped, settings: Sequence[str]) -> list[str]:
     """The settings that tell networks of one label apart, each in a way of its own."""
-    labels = [one.rows[0].get("arm") for one in grouped]
+    labels = list(map(_arm_of, grouped))
+    firsts = [one.rows[0] for one in grouped]
     telling: dict[tuple, str] = {}
     for path in settings:
-        values = [json.dumps(one.rows[0].get(path), default=str) for one in grouped]
-        parts = tuple(values.index(value) for value in values)
-        if len({*zip(labels, parts)}) > len({*labels}):
+        values = [runs.as_text(row.get(path)) for row in firsts]
+        parts = tuple(map(values.index, values))
+        pairs = set(zip(labels, parts))
+        if len(pairs) > len(set(labels)):
             telling.setdefault(parts, path)
     return list(telling.values())
 
 
-def _summaries(grouped: Grouped, ratios: Sequence[float]) -> list[Summary]:
-    """Lines of the report's summary, and one without numbers of every other series."""
+def _lines_of(grouped: Grouped, ratios: Sequence[float], metrics: Sequence[str]) -> list[Summary]:
+    """Lines of the report's summary, with metrics; one of every other series that has a metric."""
     lines = summary.summarize(grouped, stops=ratios)
     there = {line.series for line in lines}
     for index, one in enumerate(grouped):
         if index not in there:
-            lines.append(Summary(index, one.label, "", {}))
-    return sorted(lines, key=lambda line: line.series)
+            empty = Summary(index, one.label, "", {})
+            lines.append(empty)
+    lines.sort(key=lambda line: line.series)
+    for line in lines:
+        for name in metrics:
+            last = _last_numbers(grouped[line.series], name)
+            if last[2]:
+                line.cells[name] = last
+    return [line for line in lines if line.cells]
 
 
 def _columns_of(
-    lines: Sequence[Summary], metrics: Sequence[str], ratios: Sequence[float]
+    lines: Sequence[Summary], ratios: Sequence[float], metrics: Sequence[str]
 ) -> dict[str, Column]:
     """All columns that some line has: shares in the order given, times last."""
-    shares = [str(ratio) for ratio in ratios]
-    there = dict.fromkeys(name for line in lines for name in line.cells)
-    placed = {*metrics, *shares, *_LAST}
-    first = [name for name in there if name not in placed]
+    there: dict[str, Numbers] = {}
+    for line in lines:
+        there |= line.cells
+    shares = list(map(str, ratios))
+    behind = (*shares, *metrics, *_LAST)
+    first = [name for name in there if name not in behind]
     columns = {}
-    for name in (*first, *shares, *metrics, *_LAST):
-        if name in there:
-            columns[name] = _metric(name) if name in metrics else summary.column_of(name)
+    for name in (*first, *behind):
+        if name in metrics:
+            columns[name] = _column_of(name)
+        elif name in there:
+            columns[name] = summary.column_of(name)
     return columns
 
 
 # Metrics ------------------------------------------------------------------------------------------
 
 
-def _field_of(name: str) -> str:
-    """The field of a metric `STAGE.FIELD`."""
-    return name.rpartition(".")[2]
+def _chosen_metrics(rows: Rows, names: Sequence[str]) -> list[str]:
+    """The metrics of these names; without any, those that are usual for the kinds of rows.
+
+    Raises ConfigError for a name that no row has.
+    """
+    known: dict[str, bool] = {}
+    for row in rows:
+        stage = row.get("stage")
+        usual = _USUAL.get(str(row.get("kind")))
+        for field, value in row.items():
+            if "." not in field and isinstance(value, (int, float)):
+                known[f"{stage}.{field}"] = field == usual
+    for name in names:
+        if name not in known:
+            raise ConfigError("--metric", name, why="which no row has", known=known)
+    return list(names) or [name for name, is_usual in known.items() if is_usual]
 
 
-def _metric(name: str) -> Column:
+def _column_of(name: str) -> Column:
     """The column of a metric."""
-    field = _field_of(name)
+    field = name.rpartition(".")[2]
     if field in _SHARES or field.endswith("accuracy"):
         return Column(f"{name}|%", _ACCURACY)
     return Column(name, "")
-
-
-def _metrics_in(rows: Rows) -> dict[str, str]:
-    """The kind of stage by the names of all metrics that rows have."""
-    known = {}
-    for row in rows:
-        for field, value in row.items():
-            if "." not in field and isinstance(value, (int, float)):
-                known[f"{row.get('stage')}.{field}"] = str(row.get("kind"))
-    return known
 
 
 def _last_numbers(one: Series, name: str) -> Numbers:
@@ -170,8 +189,10 @@ def _last_numbers(one: Series, name: str) -> Numbers:
     last = {}
     for row in one.rows:
         value = number(row.get(field))
-        if row.get("stage") == stage and value == value:  # not NaN
-            last[member_of(row)] = value
+        is_known = value == value  # not NaN
+        if is_known and row.get("stage") == stage:
+            member = member_of(row)
+            last[member] = value
     return series.spread(last.values())
 
 
@@ -181,6 +202,10 @@ def _last_numbers(one: Series, name: str) -> Numbers:
 def told(values: Numbers, form: str = ".1%") -> str:
     """A mean and, of several numbers, its deviation: `98.7 ± 0.2`; shares in percent."""
     cell = sections.mean_cell(*values, form)
+    return _text_of(cell)
+
+
+def _text_of(cell: Cell) -> str:
     return f"{cell.text} {cell.small}".strip()
 
 
@@ -189,11 +214,14 @@ def shown(comparison: Comparison, line: Summary, name: str) -> Cell:
     if name not in line.cells:
         return Cell("–")
     mean, deviation, count = line.cells[name]
-    if comparison.columns[name].form:
-        cell = summary.shown(line, name, comparison.columns[name].form)
+    form = comparison.columns[name].form
+    if form:
+        cell = summary.shown(line, name, form)
     else:
-        spread = f"± {sections.amount(deviation)}" if count > 1 else ""
-        cell = Cell(sections.amount(mean), spread)
+        cell = Cell(sections.amount(mean))
+        spread = sections.amount(deviation)
+        if count > 1:
+            cell = cell._replace(small=f"± {spread}")
     if count < comparison.seeds(line):
         return cell._replace(small=f"{cell.small} (n={count})".strip())
     return cell
@@ -209,7 +237,8 @@ def notes(comparison: Comparison) -> list[str]:
         if path == "config.run":
             sentences.append("Runs with the same settings and the same seed are not averaged.")
     if comparison.also:
-        names = ", ".join(comparison.also[:_MOST_NAMES])
+        first = comparison.also[:_MOST_NAMES]
+        names = ", ".join(first)
         rest = sections.only_first(_MOST_NAMES, len(comparison.also), "names")
         sentences.append(f"Differing together with these: {names}.{rest}")
     return sentences
@@ -225,7 +254,8 @@ def numbers(comparison: Comparison) -> pd.DataFrame:
         for name in comparison.columns:
             mean, deviation, count = line.cells.get(name, (None, None, 0))
             own[name] = mean
-            own[f"{name} std"] = deviation if count > 1 else None
+            several = count > 1
+            own[f"{name} std"] = deviation if several else None
             own[f"{name} count"] = count
         lines.append(own)
     return pd.DataFrame(lines)
@@ -242,15 +272,21 @@ def texts(comparison: Comparison) -> pd.DataFrame:
         for name, column in comparison.columns.items():
             cell = shown(comparison, line, name)
             head = column.heading.replace("%|%", "%").replace("|", " ")
-            own[head] = f"{cell.text} {cell.small}".strip()
+            own[head] = _text_of(cell)
         lines.append(own)
     table = pd.DataFrame(lines)
-    return table.loc[:, (table != "").any()]  # without curves that need no telling
+    needed = (table != "").any()  # not the curves, where they need no telling
+    return table.loc[:, needed]
 
 
 def markdown(comparison: Comparison) -> str:
     """The same as a Markdown table."""
     table = texts(comparison)
-    lines = [list(table.columns), ["---"] * table.shape[1], *table.to_numpy().tolist()]
-    escaped = [[text.replace("|", r"\|") for text in line] for line in lines]
-    return "".join(f"| {' | '.join(line)} |\n" for line in escaped)
+    rule = ["---"] * table.shape[1]
+    rows = table.to_numpy().tolist()
+    lines = []
+    for cells in (list(table.columns), rule, *rows):
+        escaped = [text.replace("|", r"\|") for text in cells]
+        inside = " | ".join(escaped)
+        lines.append(f"| {inside} |\n")
+    return "".join(lines)

@@ -1,5 +1,6 @@
 """Config, rows and environment of a workdir, or of several runs together."""
 
+import itertools
 import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -154,16 +155,20 @@ def merged(several: list[Run]) -> Run:
     (`config.run`). Config and environment have one value where the runs agree, else the list of
     values. Raises DamagedError for rows of members that a run's config does not make.
     """
-    networks = [_networks_of(run) for run in several]
-    unset = dict.fromkeys(path for own in networks for one in own for path in one.settings)
+    networks = list(map(_networks_of, several))
+    unset: Fields = {}
+    for network in itertools.chain(*networks):
+        unset |= dict.fromkeys(network.settings)
     rows: Rows = []
     numbers: dict[tuple, int] = {}
     for index, (run, name) in enumerate(zip(several, names_of(several))):
-        others = [other for own in (*networks[:index], *networks[index + 1 :]) for other in own]
-        is_again = any(own in others for own in networks[index])
-        again = {"config.run": name} if is_again else {}  # a network twice is no sample of seeds
+        own = networks[index]
+        others = itertools.chain(*networks[:index], *networks[index + 1 :])
+        again = {}
+        if any(network in own for network in others):
+            again["config.run"] = name  # a network twice is no sample of seeds
         for row in completed(run.rows, run.config, run.environment):
-            network = _network_of(row, run, networks[index])
+            network = _network_of(row, run, own)
             told = {**network.seeds, **unset, **network.settings, **again}
             place = (index, row.get("member", 0))
             member = numbers.setdefault(place, len(numbers))
@@ -175,10 +180,12 @@ def merged(several: list[Run]) -> Run:
 
 def names_of(several: list[Run]) -> list[str]:
     """What each run is called: its folder, or the path where several have the same."""
-    names = [run.folder.resolve().name for run in several]
-    return [
-        name if names.count(name) == 1 else str(run.folder) for run, name in zip(several, names)
-    ]
+    folders = [run.folder.resolve().name for run in several]
+    names = []
+    for run, folder in zip(several, folders):
+        is_unique = folders.count(folder) == 1
+        names.append(folder if is_unique else str(run.folder))
+    return names
 
 
 def _networks_of(run: Run) -> list[_Network]:
@@ -193,8 +200,10 @@ def _networks_of(run: Run) -> list[_Network]:
         ) from None
     for member in every:
         settings = _settings_of(run.folder, member.config)
-        seeds = {path: value for path, value in files.flatten(member.config) if is_seed(path)}
-        networks.append(_Network({**settings, **facts}, seeds))
+        leaves = files.flatten(member.config)
+        seeds = {path: value for path, value in leaves if is_seed(path)}
+        network = _Network({**settings, **facts}, seeds)
+        networks.append(network)
     return networks
 
 
