@@ -144,6 +144,7 @@ def test_seeds_are_averaged_and_nothing_else(three):
         "A (rate=0.3)": (pytest.approx(0.9), 1),
     }
     numbers = compare.numbers(both)
+    assert "dense" not in numbers
     assert list(numbers["fit.optimizer.rate"]) == [0.1, 0.3]
     assert list(numbers["seeds"]) == [2, 1]
     assert numbers["0.9 std"][0] == pytest.approx(math.sqrt(0.02))

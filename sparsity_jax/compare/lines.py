@@ -138,10 +138,14 @@ def _lines_of(grouped: Grouped, ratios: Sequence[float], metrics: Sequence[str])
 def _columns_of(
     lines: Sequence[Summary], ratios: Sequence[float], metrics: Sequence[str]
 ) -> dict[str, Column]:
-    """All columns that some line has: shares in the order given, times last."""
+    """All columns that some line has: shares in the order given, times last; no `dense` where the
+    share 0 tells it.
+    """
     there: dict[str, Numbers] = {}
     for line in lines:
         there |= line.cells
+    if all("0.0" in line.cells for line in lines):
+        there.pop("dense", None)  # the same once more
     shares = list(map(str, ratios))
     behind = (*shares, *metrics, *_LAST)
     first = [name for name in there if name not in behind]
