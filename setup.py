@@ -14,7 +14,11 @@ setuptools.setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=setuptools.find_packages(include=["sparsity_jax", "sparsity_jax.*"]),
-    package_data={"sparsity_jax": ["py.typed"], "sparsity_jax.report": ["page.html.j2"]},
+    package_data={
+        "sparsity_jax": ["py.typed"],
+        "sparsity_jax.report": ["*.j2"],
+        "sparsity_jax.compare": ["*.j2"],
+    },
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10",
@@ -41,6 +45,8 @@ setuptools.setup(
     extras_require={
         "cuda": ["jax[cuda12]>=0.10"],
         "prepare": ["tensorflow-cpu>=2.18", "importlib_resources"],
+        "wandb": ["wandb>=0.18"],
+        "mlflow": ["mlflow-skinny>=2.16"],
         "test": [
             "equinox>=0.13",
             "pytest>=8",

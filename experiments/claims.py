@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
-from sparsity_jax import report
+from sparsity_jax import compare, report
 from sparsity_jax.report import sections, series, summary
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -57,10 +57,8 @@ def rows_of(name: str) -> list[dict]:
 def percent(values: tuple[float, float, int] | float, decimals: int = 1) -> str:
     """A share, or (mean, deviation, count) of some, in percent."""
     if isinstance(values, float):
-        return f"{100 * values:.{decimals}f}"
-    mean, deviation, count = values
-    text = percent(mean, decimals)
-    return f"{text} ± {percent(deviation, decimals)}" if count > 1 else text
+        values = (values, 0.0, 1)
+    return compare.told(values, f".{decimals}%")
 
 
 def extent(values: list[float]) -> list[str]:
@@ -68,9 +66,8 @@ def extent(values: list[float]) -> list[str]:
 
 
 def lines_of(name: str, *stops: float) -> dict[str, dict]:
-    """Cells of the report's summary by label."""
-    grouped = series.group(rows_of(name))
-    lines = summary.summarize(grouped, stops=stops)
+    """Numbers of the table that `compare` makes, by label."""
+    lines = compare.compared(rows_of(name), ratios=stops).lines
     return {line.label: line.cells for line in lines}
 
 
@@ -258,7 +255,7 @@ def growing() -> list[Claim]:
 
 
 def told_line(line: summary.Summary, several: bool) -> tuple[str, list[str]]:
-    """Text and numbers of one line of the report's summary, which is named if there are several."""
+    """Text and numbers of one line of a comparison, which is named if there are several."""
     texts = {
         "dense": "unpruned {} %" if "pruned" in line.cells else "dense {} %",
         "pruned": "pruned {} %",
@@ -291,8 +288,8 @@ def told(rows: list[dict]) -> tuple[str, list[str]]:
     """What a row of the ledger says of a whole run, by its rows: text and numbers, as a claim has
     them. Curves and trained networks come first, then predicted and actual limits.
     """
-    grouped = series.group(rows)
-    lines = summary.summarize(grouped, stops=STOPS)
+    lines = compare.compared(rows, ratios=STOPS).lines
+    lines = [line for line in lines if told_line(line, several=False)[0]]  # with an accuracy
     several = len(lines) > 1
     texts = []
     numbers = []

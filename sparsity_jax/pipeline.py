@@ -17,6 +17,7 @@ from sparsity_jax import (
     interface,
     lock,
     platforms,
+    provenance,
     stages,
     stopping,
     stored,
@@ -28,7 +29,7 @@ from sparsity_jax.building import build, enough_memory_for, use_deterministic, u
 from sparsity_jax.interface import Place, Stage
 from sparsity_jax.plans import STAGES, Plan, base, check, plain, settings, stage
 from sparsity_jax.progress import Display, tell_environment, write_report
-from sparsity_jax.report import Writer
+from sparsity_jax.report import Writer, trackers
 from sparsity_jax.tables import within
 from sparsity_jax.train import NonFiniteLossError, Problem, State
 from sparsity_jax.types import AnyPath, Config, MemberRows, Row, Rows
@@ -59,14 +60,19 @@ class Outcome(NamedTuple):
 
 
 def run(
-    config: Config, workdir: AnyPath, *, command: str = "", lock_seconds: float = lock.STALE_SECONDS
+    config: Config,
+    workdir: AnyPath,
+    *,
+    command: str = "",
+    config_file: AnyPath | None = None,
+    lock_seconds: float = lock.STALE_SECONDS,
 ) -> Outcome:
     """Runs, or continues, the pipeline of `config` in `workdir`; writes rows, checkpoints and the
     report there.
 
     The same call continues an interrupted run and ends with the same numbers (bit for bit on CPU);
     a finished run only rewrites its report, and needs neither data nor the run it started from.
-    command: what was typed, for the report.
+    command, config_file: what was typed, and the file of the config, for the report.
     lock_seconds: how long a run of another host that holds `workdir` may be silent. Raises
     ConfigError before anything compiles, LockedError where another run is at work, DamagedError
     where no checkpoint is whole, and train.NonFiniteLossError; if members of a sweep run one after
@@ -91,7 +97,8 @@ def run(
     own_devices = platforms.using(platforms.own())
     with workdirs.naming(workdir), held as still_mine, precision, own_devices:
         workdirs.claim(workdir, config)
-        tell_environment(problem, workdir, command)
+        origin = provenance.describe(config, command=command, config_file=config_file)
+        tell_environment(problem, workdir, origin)
         diverged: list[str] = []
 
         def run_plan(plan: Plan, folder: Path, config: Config) -> Outcome:
@@ -172,7 +179,8 @@ def _run_plan(
     with train.naming("at the start of the run"):
         stages.check_weights(problem, state)
     saved = checkpoint.Checkpoints(workdir, config, found, still_mine)
-    with contextlib.closing(saved), Writer(workdir, progress.rows) as writer:
+    own_trackers = trackers.begin(plan.common["log"], workdir, config)
+    with contextlib.closing(saved), Writer(workdir, progress.rows, own_trackers) as writer:
         run = Run(plan, problem, saved, writer, progress.rows, origin)
         if found:
             stage_number = min(progress.stage + 1, len(plan.pipeline))

@@ -31,6 +31,7 @@ from sparsity_jax import (
 from sparsity_jax.interface import Stage
 from sparsity_jax.members import Member, stages_of
 from sparsity_jax.precision import FULL, Precision
+from sparsity_jax.report import trackers
 from sparsity_jax.tables import ConfigError, Index, check_options, defaults, lookup, within
 from sparsity_jax.train import Fit, State
 from sparsity_jax.types import Config, Fields
@@ -87,6 +88,7 @@ def settings(
     precision: Precision = "default",
     curvature_precision: Precision = FULL,
     checkpoint_seconds: tables.NonNegative = 60.0,
+    log: tuple[Literal["wandb", "mlflow"], ...] = (),
     sweep: dict = {},  # noqa: B006 - never changed
 ) -> None:
     """Fields of every config beside its stages.
@@ -111,7 +113,8 @@ def settings(
     `jax.default_matmul_precision` names it; JAX's default is TF32 on NVIDIA GPUs and bfloat16 on
     TPUs. curvature_precision: of those in curvature, importance, Jacobians, `sfw_init` and
     whatever else claims to be exact; a narrower one is some five times as fast on a GPU and off by
-    some 3 %. checkpoint_seconds: least time between two saves.
+    some 3 %. checkpoint_seconds: least time between two saves. log: services that get all numbers
+    too, as TensorBoard does: Weights & Biases, MLflow.
     sweep: lists of values under the names of fields, e.g. `dict(seed=(0, 1),
     fit=dict(optimizer=dict(learning_rate=(0.1, 0.3))))`; all combinations run. What else it may
     say, see `members.choices`.
@@ -216,6 +219,8 @@ def check(config: Config) -> list[Plan]:
         member._replace(stages=check_member(member.config)) for member in members.expand(config)
     ]
     _check_pretrained(common)
+    with within("config"):
+        trackers.check(common["log"])
     done = _kinds_before(common)
     for member in every:
         _check_order(common["pipeline"], member.stages, done)

@@ -39,9 +39,12 @@ def write_report(workdir: Path, config: Config, rows: Rows) -> None:
     say(f"report: {path}")
 
 
-def tell_environment(problem: Problem, workdir: Path, command: str) -> None:
-    """Writes environment.json, and says how images are read and what pretrained weights become."""
-    environment = describe_environment(problem) | ({"command": command} if command else {})
+def tell_environment(problem: Problem, workdir: Path, origin: Fields) -> None:
+    """Writes environment.json, and says how images are read and what pretrained weights become.
+
+    origin: of the run, see `provenance.describe`.
+    """
+    environment = describe_environment(problem) | origin
     report.write_environment(workdir, report.continued(workdir, environment))
     if problem.streamed and problem.dataset.train.images.reading:
         say(f"images are read by {problem.dataset.train.images.reading}")

@@ -117,13 +117,14 @@ def _report_unraisable(unraisable: Any) -> None:
         sys.__unraisablehook__(unraisable)
 
 
-def _check_file() -> None:
-    """Ends the process where the file that --config names is not there."""
+def _config_file() -> str:
+    """The file that --config names; ends the process where it is not there."""
     name, _, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(".py:")
     file = f"{name}.py" if variant else name
     if not os.path.isfile(file):
         hint = f" Did you mean {file}.py?" if os.path.isfile(f"{file}.py") else ""
         sys.exit(f"error: --config names {file}, which is not there.{hint}")
+    return file
 
 
 def collect_rarely() -> None:
@@ -156,7 +157,7 @@ def main(argv: list[str]) -> None:
         state = "missing" if _WORKDIR.value is None else "empty"
         sys.exit(f"error: --workdir is {state}; name a folder.")
     _be_quiet()
-    _check_file()
+    config_file = _config_file()
     try:
         stopping.check()
         config = swept(_CONFIG.value.to_dict(), SWEPT)
@@ -166,7 +167,13 @@ def main(argv: list[str]) -> None:
         if _CACHE.value:
             compilation.keep()
         command = f"python -m sparsity_jax.run {shlex.join(sys.argv[1:])}"
-        pipeline.run(config, workdir, command=command, lock_seconds=_LOCK_SECONDS.value)
+        pipeline.run(
+            config,
+            workdir,
+            command=command,
+            config_file=config_file,
+            lock_seconds=_LOCK_SECONDS.value,
+        )
     except tables.ConfigError as error:
         sys.exit(f"error: {error}")
     except train.NonFiniteLossError as error:

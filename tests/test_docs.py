@@ -27,6 +27,7 @@ DOCUMENTS = (
         "docs/pretrained.md",
         "docs/streaming.md",
         "docs/teach_a_primitive.md",
+        "docs/compare.md",
         "experiments/LEDGER.md",
     ),
 )
@@ -80,8 +81,8 @@ def test_the_table_has_the_rules_of_the_report(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["table.py", str(tmp_path), "--ratios", "0.9"])
     table.main()
     assert capsys.readouterr().out.splitlines()[2:] == [
-        "| A (rate=0.1) | 60.0 ± 14.1 | – |",
-        "| A (rate=0.3) | 90.0 | – |",
+        "| A | 0.1 | 2 | 60.0 ± 14.1 |",
+        "| A | 0.3 | 1 | 90.0 |",
     ]
 
 

@@ -69,11 +69,14 @@ RUNS = (
         "stored",
         "lock",
         "imports",
+        "members",
+        "provenance",
         "report",
+        "runs",
+        "compare",
         "stream",
         "streaming",
         "interface",
-        "members",
         "train",
     ),
     *(
@@ -119,8 +122,10 @@ FOLDERS = {
     "polytopes": ("inside", "ksparse", "balls", "sets", "__init__"),
     "optim": ("rates", "schedules", "steps", "adagrad", "penalties", "recipe", "__init__"),
     "models": ("layers", "mlp", "convolutions", "cnn", "resnet", "vgg", "mobilenet", "__init__"),
+    "compare": ("lines", "page", "__init__", "__main__"),
     "report": (
-        *("files", "rows", "events", "runs", "sections", "series", "raw", "draw", "summary"),
+        *("files", "rows", "trackers", "events", "runs", "sections", "series", "raw", "draw"),
+        "summary",
         *("pruning", "training", "growth", "channels", "limits", "page", "__init__", "__main__"),
     ),
 }
@@ -161,7 +166,7 @@ def module_of(path: pathlib.Path) -> str:
 
 FILES = sorted(path for path in ROOT.rglob("*.py"))
 DOTTED = {module_of(path) for path in FILES}
-EMPTY = {"__init__", "channels", "report.__main__"}  # list nothing
+EMPTY = {"__init__", "channels", "compare.__main__", "report.__main__"}  # list nothing
 MODULES = [path for path in FILES if module_of(path) not in EMPTY]
 
 

@@ -876,7 +876,8 @@ sys.path.insert(0, {str(tmp_path)!r})
 from sparsity_jax import report
 assert not {{"matplotlib", "tensorboardX", "jax"}} & set(sys.modules)
 report.Writer({str(tmp_path / "run")!r}).close()
-assert "torch" not in sys.modules
+from sparsity_jax.compare import __main__
+assert not {{"torch", "jax"}} & set(sys.modules)
 """
     done = tiny.python("-c", code)
     assert done.returncode == 0, done.stderr

@@ -125,6 +125,11 @@ def test_the_quick_start_ends_with_a_report(whole):
     assert len([row for row in rows if row["stage"] == "curve"]) == 2 * 3 * 3
     config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
     assert config["fit_sfw"]["epochs"] == 3
+    environment = report.read_environment(workdir)
+    assert environment["seed"] == [0, 1, 2]
+    assert environment["command"].startswith("python -m sparsity_jax.run --config ")
+    assert environment["date"] in page
+    assert {"commit", "dirty", "config_commit", "config_dirty", "cpu", "cores"} <= {*environment}
     assert list((workdir / "tensorboard").glob("events*"))
 
 

@@ -18,6 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
@@ -58,6 +59,7 @@ COLORS = {  # by the variable of the page's CSS, which has others for dark scree
 _NO_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 _DASHES = ("-", "--", ":", "-.")
 REMOVED = "weights removed"  # an axis of shares
+_CLASS = "series-"  # in SVG: of what is drawn of one colour, by its index
 _MOST_CELLS = 100  # of a heat map whose shares are written into it
 STYLE: Any = {
     "font.family": "DejaVu Sans",  # comes with matplotlib, so PNGs are the same everywhere
@@ -190,11 +192,15 @@ def chart(
     if axes:
         hues = sorted(told["color"].unique())
         keys = [_key(colors[hue], color(hue)) for hue in hues]
+        names = [f"{_CLASS}{hue}" for hue in hues]
         if any(dashes):
             keys += [
                 _key(text, _MUTED, style) for text, style in zip(dashes, itertools.cycle(_DASHES))
             ]
-        _legend(figure, keys)
+        legend = _legend(figure, keys)
+        for name, key, text in zip(names, legend.legend_handles, legend.get_texts()):
+            for artist in filter(None, (key, text)):
+                artist.set_gid(name)
     return figure
 
 
@@ -215,7 +221,7 @@ def color(index: int) -> str:
 
 def _draw_line(axes: Axes, line: Frame, hue: int, dash: int) -> None:
     """Draws one line, with dots, and its band; the first colour lies on top."""
-    paint: Any = dict(color=color(hue), zorder=3 - hue / 100)
+    paint: Any = dict(color=color(hue), zorder=3 - hue / 100, gid=f"{_CLASS}{hue}")
     every = len(line) // 20 + 1
     style = _DASHES[dash % len(_DASHES)]
     x = line["x"]
@@ -247,13 +253,14 @@ def _key(text: str, color: str, dash: str = "-") -> Line2D:
     return Line2D([], [], color=color, ls=dash, label=_literal(text))
 
 
-def _legend(figure: Figure, keys: Sequence[Line2D]) -> None:
-    """Writes the legend above all axes, and makes room for its rows."""
+def _legend(figure: Figure, keys: Sequence[Line2D]) -> Legend:
+    """The legend, written above all axes, with room for its rows."""
     is_long = any(len(str(entry.get_label())) > 24 for entry in keys)
     columns = 2 if is_long else 4
-    figure.legend(handles=keys, loc="outside upper left", ncols=columns)
+    legend = figure.legend(handles=keys, loc="outside upper left", ncols=columns)
     rows = math.ceil(len(keys) / columns)
     figure.set_figheight(figure.get_figheight() + 0.2 * rows)
+    return legend
 
 
 # Heat maps ----------------------------------------------------------------------------------------
@@ -305,7 +312,8 @@ def _write_shares(axes: Axes, kept: Frame) -> None:
 def files_of(name: str, figure: Figure) -> tuple[bytes, str]:
     """(PNG on white, inline SVG) of a figure; the same rows give the same bytes.
 
-    The colours of the SVG are the variables COLORS. Identifiers in it depend on `name` only.
+    The colours of the SVG are the variables COLORS. Identifiers in it depend on `name` only; what a
+    `chart` draws of the colour 3 has the class `series-3`.
     """
     png = io.BytesIO()
     svg = io.BytesIO()
@@ -319,7 +327,7 @@ def files_of(name: str, figure: Figure) -> tuple[bytes, str]:
         empty = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         FigureCanvasSVG(figure).print_svg(svg, metadata=empty)
     text = svg.getvalue().decode()
-    text = text[text.index("<svg") :]
+    text = text[text.index("<svg") :].replace(f'id="{_CLASS}', f'class="{_CLASS}')
     for variable, value in COLORS.items():
         text = text.replace(f": {value}", f": var({variable})")
     return png.getvalue(), text

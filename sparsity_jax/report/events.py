@@ -1,13 +1,14 @@
-"""Rows on their way out of a running stage: to `metrics.jsonl` and to TensorBoard events."""
+"""Rows on their way out of a running stage: to `metrics.jsonl`, TensorBoard events, trackers."""
 
 import contextlib
 import pathlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Self
 
 from sparsity_jax import intact
 from sparsity_jax.report import files
+from sparsity_jax.report.trackers import Tracker
 from sparsity_jax.types import AnyPath, Row, Rows
 
 __all__ = ["Writer", "scalars"]
@@ -42,10 +43,16 @@ class Writer:
     probe for spectra, the draw for noise, and `visit` otherwise. Rows told apart by more than that
     get a longer tag: those of a later visit (`fit/train_loss/visit_2`), those of a curve that is
     not global, kernels-only, not retrained on test data (`curve/accuracy/train`), and once rows of
-    several members have been seen the member is named (`fit/train_loss/member_1`).
+    several members have been seen the member is named (`fit/train_loss/member_1`). `trackers` get
+    the same numbers, and are closed with the files.
     """
 
-    def __init__(self, workdir: AnyPath, rows_so_far: Iterable[Row] = ()):
+    def __init__(
+        self,
+        workdir: AnyPath,
+        rows_so_far: Iterable[Row] = (),
+        trackers: Sequence[Tracker] = (),
+    ):
         with _without_torch():
             from tensorboardX import FileWriter
 
@@ -58,6 +65,7 @@ class Writer:
         for old in events.glob("events.out.tfevents.*"):
             old.unlink()
         self._members: set[int] = set()
+        self._trackers = trackers
         self._events = FileWriter(str(events))
         self._file = path.open("a", encoding="utf-8")
         self._add_events(rows)
@@ -73,9 +81,11 @@ class Writer:
         self._add_events(rows)
 
     def close(self) -> None:
-        """Closes both files."""
+        """Closes both files and all trackers."""
         self._file.close()
         self._events.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     def __enter__(self) -> Self:
         return self
@@ -92,11 +102,14 @@ class Writer:
             if len(self._members) > 1:
                 ending = f"/member_{row.get('member', 0)}"
             tags, step = scalars(row)
+            numbers = {tag + ending: value for tag, value in tags.items()}
             summary = Summary()
-            for tag, value in tags.items():
-                summary.value.add(tag=tag + ending, simple_value=value)
-            if tags:
+            for tag, value in numbers.items():
+                summary.value.add(tag=tag, simple_value=value)
+            if numbers:
                 self._events.add_summary(summary, step)
+                for tracker in self._trackers:
+                    tracker.add(row["stage"], numbers, step)
         self._events.flush()
 
 

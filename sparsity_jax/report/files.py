@@ -23,6 +23,7 @@ __all__ = [
 ]
 
 METRICS = "metrics.jsonl"
+_OF_THE_START = ("command", "date")  # what a continued run does not change
 REPORT = "report.html"
 
 
@@ -108,7 +109,7 @@ def continued(workdir: AnyPath, environment: Fields) -> Fields:
     for name, value in environment.items():
         old = joint.setdefault(name, value)
         *_, last = str(old).split(", then ")
-        if last != str(value) and name != "command":
+        if last != str(value) and name not in _OF_THE_START:
             joint[name] = f"{old}, then {value}"
     return joint
 

@@ -28,7 +28,7 @@ from sparsity_jax.report.rows import completed
 from sparsity_jax.report.sections import Section, setting
 from sparsity_jax.types import AnyPath, Fields, Rows
 
-__all__ = ["FIGURES", "write"]
+__all__ = ["FIGURES", "TEMPLATES", "write"]
 
 _CITATIONS = {  # a word of the config to the works it stands for
     "sfw": (
@@ -54,8 +54,8 @@ _CITATIONS = {  # a word of the config to the works it stands for
         ),
     ),
 }
-_TEMPLATES = jinja2.Environment(  # which escape all that is filled in
-    loader=jinja2.PackageLoader("sparsity_jax.report", "."),
+TEMPLATES = jinja2.Environment(  # which escape all that is filled in
+    loader=jinja2.PackageLoader("sparsity_jax", "."),
     autoescape=True,
     trim_blocks=True,
     lstrip_blocks=True,
@@ -105,7 +105,7 @@ def write(
         sections = _sections_of(rows)
         drawings = _draw_all(figures, sections)
     settings = dict(files.flatten(config))
-    text = _TEMPLATES.get_template("page.html.j2").render(
+    text = TEMPLATES.get_template("report/page.html.j2").render(
         title=title or files.title_of(config, folder),
         facts=_facts(settings, rows),
         rows=rows,

@@ -1,17 +1,19 @@
 """Config, rows and environment of a workdir, or of several runs together."""
 
+import itertools
 import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from sparsity_jax import intact, workdirs
+from sparsity_jax import intact, members, workdirs
 from sparsity_jax.report import files
 from sparsity_jax.report.rows import completed, is_seed
-from sparsity_jax.types import AnyPath, Fields, Rows
+from sparsity_jax.types import AnyPath, Fields, Row, Rows
 
-__all__ = ["Run", "gather", "read_rows"]
+__all__ = ["Run", "gather", "merged", "names_of", "read_rows", "runs_in"]
 
-_IDLE = {"title", "checkpoint_seconds", "sweep", "seed"}  # no number depends on them
+_IDLE = {"title", "checkpoint_seconds", "log", "sweep", "seed"}  # no number depends on them
+_DECIDING = ("sparsity_jax", "precision", "chance")  # of the environment: numbers depend on them
 
 
 class Run(NamedTuple):
@@ -27,30 +29,36 @@ class Run(NamedTuple):
 
 
 def gather(workdir: AnyPath) -> tuple[Fields, Rows, Fields | None]:
-    """Config, rows and environment of a finished or running workdir.
+    """Config, rows and environment of a finished or running workdir, or of the runs in it, see
+    `runs_in` and `merged`.
+    """
+    several = runs_in(workdir)
+    run = several[0] if len(several) == 1 else merged(several)
+    return run.config, run.rows, run.environment or None
+
+
+def runs_in(workdir: AnyPath) -> list[Run]:
+    """The run in a finished or running workdir, or those in the folders of a workdir.
 
     Rows come from the members of a sweep, which are newer than the joint ones while it runs, else
-    from `metrics.jsonl`, else from the folders inside, see `_merged`. Raises FileNotFoundError
-    saying what is missing, ValueError for a file that cannot be read.
+    from `metrics.jsonl`, else from the folders inside. Raises FileNotFoundError saying what is
+    missing, ValueError for a file that cannot be read.
     """
     folder = pathlib.Path(workdir)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder; give the workdir of a run.")
     every = workdirs.member_folders(folder)
-    members = {number: own for number, own in every.items() if _has_rows(own)}
-    if members:
-        place = folder if workdirs.holds_run(folder) else next(iter(members.values()))
-        run = _read_run(place, members)
-        return run.config, run.rows, run.environment or None
+    parts = {number: own for number, own in every.items() if _has_rows(own)}
+    if parts:
+        place = folder if workdirs.holds_run(folder) else next(iter(parts.values()))
+        return [_read_run(place, parts)]
     inside = sorted(folder.iterdir())
     folders = [folder] if _has_rows(folder) else list(filter(_has_rows, inside))
     if not folders:
         raise FileNotFoundError(
             f"neither {folder} nor a folder in it has {files.METRICS}; has the run started there?"
         )
-    several = [_read_run(own) for own in folders]
-    run = several[0] if len(several) == 1 else _merged(several)
-    return run.config, run.rows, run.environment or None
+    return [_read_run(own) for own in folders]
 
 
 def _has_rows(folder: pathlib.Path) -> bool:
@@ -58,8 +66,8 @@ def _has_rows(folder: pathlib.Path) -> bool:
     return (folder / files.METRICS).exists() or (folder / workdirs.FOLDER).is_dir()
 
 
-def _read_run(folder: pathlib.Path, members: Mapping[int, pathlib.Path] = {}) -> Run:
-    """The run in `folder`, with the rows of its `members`' folders if it has any.
+def _read_run(folder: pathlib.Path, parts: Mapping[int, pathlib.Path] = {}) -> Run:
+    """The run in `folder`, with the rows of its members' folders, `parts`, if it has any.
 
     Raises FileNotFoundError where it has no config.
     """
@@ -68,8 +76,8 @@ def _read_run(folder: pathlib.Path, members: Mapping[int, pathlib.Path] = {}) ->
             f"{folder} has no config.json; a run writes it when it starts. Its settings are not "
             "known."
         )
-    rows = [] if members else _whole_rows(folder)
-    for first, part in members.items():
+    rows = [] if parts else _whole_rows(folder)
+    for first, part in parts.items():
         rows += workdirs.renumbered(_whole_rows(part), first)
     environment = files.read_environment(folder) or {}
     return Run(folder, workdirs.read_config(folder), environment, rows)
@@ -131,29 +139,82 @@ def read_rows(path: AnyPath) -> Rows:
 # Several runs -------------------------------------------------------------------------------------
 
 
-def _merged(several: list[Run]) -> Run:
+class _Network(NamedTuple):
+    """What decides the numbers of one network: its settings by dotted path, and its seeds."""
+
+    settings: Fields
+    seeds: Fields
+
+
+def merged(several: list[Run]) -> Run:
     """Several runs as one.
 
-    Members are numbered anew. Rows have every setting under a dotted name, so that only networks
-    whose settings agree in all but the seed are averaged; where even that agrees, the name of the
-    run. Config and environment have one value where the runs agree, else the list of values.
+    Members are numbered anew. Rows have every setting under a dotted name, and what else decides
+    the numbers (`environment.sparsity_jax`, the version), so that only networks are averaged that
+    differ in nothing but the seed; where runs have a network in common, the name of the run
+    (`config.run`). Config and environment have one value where the runs agree, else the list of
+    values. Raises DamagedError for rows of members that a run's config does not make.
     """
-    settings = [_settings_of(run.folder, run.config) for run in several]
-    unset = dict.fromkeys(path for own in settings for path in own)
+    networks = list(map(_networks_of, several))
+    unset: Fields = {}
+    for network in itertools.chain(*networks):
+        unset |= dict.fromkeys(network.settings)
     rows: Rows = []
     numbers: dict[tuple, int] = {}
-    for run, own in zip(several, settings):
-        told = {"seed": run.config.get("seed", 0), **unset, **own}
-        for other, theirs in zip(several, settings):
-            if other is not run and theirs == own and _seeds_of(other) & _seeds_of(run):
-                told["config.run"] = run.folder.name  # a network twice is no sample of seeds
+    for index, (run, name) in enumerate(zip(several, names_of(several))):
+        own = networks[index]
+        others = itertools.chain(*networks[:index], *networks[index + 1 :])
+        again = {}
+        if any(network in own for network in others):
+            again["config.run"] = name  # a network twice is no sample of seeds
         for row in completed(run.rows, run.config, run.environment):
-            network = (run.folder, row.get("member", 0))
-            member = numbers.setdefault(network, len(numbers))
+            network = _network_of(row, run, own)
+            told = {**network.seeds, **unset, **network.settings, **again}
+            place = (index, row.get("member", 0))
+            member = numbers.setdefault(place, len(numbers))
             rows.append({**told, **row, "member": member})
     config = _agreed([run.config for run in several])
     environment = _agreed([run.environment for run in several])
     return Run(several[0].folder.parent, config, environment, rows)
+
+
+def names_of(several: list[Run]) -> list[str]:
+    """What each run is called: its folder, or the path where several have the same."""
+    folders = [run.folder.resolve().name for run in several]
+    names = []
+    for run, folder in zip(several, folders):
+        is_unique = folders.count(folder) == 1
+        names.append(folder if is_unique else str(run.folder))
+    return names
+
+
+def _networks_of(run: Run) -> list[_Network]:
+    """The networks that a run's config makes, by member."""
+    facts = {f"environment.{name}": run.environment.get(name) for name in _DECIDING}
+    networks = []
+    try:
+        every = members.expand(run.config)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise intact.DamagedError(
+            f"{run.folder} has a config that makes no network ({error})"
+        ) from None
+    for member in every:
+        settings = _settings_of(run.folder, member.config)
+        leaves = files.flatten(member.config)
+        seeds = {path: value for path, value in leaves if is_seed(path)}
+        network = _Network({**settings, **facts}, seeds)
+        networks.append(network)
+    return networks
+
+
+def _network_of(row: Row, run: Run, networks: list[_Network]) -> _Network:
+    """The network that a row is of."""
+    member = row.get("member", 0)
+    if member >= len(networks):
+        raise intact.DamagedError(
+            f"{run.folder} has rows of member {member}, but its config makes {len(networks)}"
+        )
+    return networks[member]
 
 
 def _settings_of(folder: pathlib.Path, config: Fields, seen: tuple = ()) -> Fields:
@@ -170,11 +231,6 @@ def _settings_of(folder: pathlib.Path, config: Fields, seen: tuple = ()) -> Fiel
         if not is_seed(path):
             settings[path if "." in path else f"config.{path}"] = value
     return settings
-
-
-def _seeds_of(run: Run) -> set:
-    """Seeds of all networks of a run."""
-    return {row.get("seed", run.config.get("seed", 0)) for row in run.rows}
 
 
 def _agreed(trees: list[Fields]) -> Fields:

@@ -30,6 +30,7 @@ __all__ = [
     "curves",
     "frame",
     "group",
+    "label_of",
     "labels",
     "last_visits",
     "spread",
@@ -67,7 +68,7 @@ def group(rows: Rows) -> list[Series]:
     keys = swept_keys(rows)
     by_label: dict[str, Rows] = {}
     for row in follow(rows):
-        label = _label_of(row, keys)
+        label = label_of(row, keys)
         by_label.setdefault(label, []).append(row)
     return [Series(label, own) for label, own in by_label.items()]
 
@@ -87,7 +88,7 @@ def swept_keys(rows: Rows) -> list[str]:
     return sorted(several)
 
 
-def _label_of(row: Row, keys: list[str]) -> str:
+def label_of(row: Row, keys: list[str]) -> str:
     """The arm and its swept values, by the last part of their names unless that is ambiguous."""
     lasts = [key.split(".")[-1] for key in keys]
     texts = []

@@ -11,7 +11,18 @@ from sparsity_jax.report.sections import Cell, Section, Shown, Table, heading, m
 from sparsity_jax.report.series import Frame, Grouped
 from sparsity_jax.types import Fields
 
-__all__ = ["Column", "Numbers", "Summary", "best_line", "finding", "summarize", "summary"]
+__all__ = [
+    "Column",
+    "Numbers",
+    "Summary",
+    "best_line",
+    "column_of",
+    "finding",
+    "notes_of",
+    "shown",
+    "summarize",
+    "summary",
+]
 
 _STOPS = (0.9, 0.95, 0.98, 0.99)  # pruning ratios with a column of their own
 _DROP = 0.01  # "within one point of dense"
@@ -55,6 +66,13 @@ _COLUMNS = {
         "Training: epochs times the median one, so that compilation is left out.",
     ),
 }
+
+
+def column_of(name: str) -> Column:
+    """The column that is called `name` in a line, such as the share removed, `0.9`."""
+    if name in _COLUMNS:
+        return _COLUMNS[name]
+    return Column(f"at {100 * float(name):g}%|%", ".2%", True, _AT)
 
 
 class Summary(NamedTuple):
@@ -172,14 +190,14 @@ def summary(grouped: Grouped) -> Shown:
     for line in lines:
         first = Cell(line.label, line.variant, color=line.series)
         rows.append([first])
-    notes = _notes_of(lines)
+    notes = notes_of(lines)
     for name, column in _COLUMNS.items():
         if not any(name in line.cells for line in lines):
             continue
         heads.append(heading(column.heading))
         best = best_line(lines, name)
         for index, (row, line) in enumerate(zip(rows, lines)):
-            row.append(_shown(line, name, bold=index == best))
+            row.append(shown(line, name, column.form, bold=index == best))
         notes.append(column.note)
     if any(cell.bold for row in rows for cell in row):
         notes.append("Bold: above all other lines by more than one deviation.")
@@ -187,7 +205,7 @@ def summary(grouped: Grouped) -> Shown:
     return Section("Summary", tables=[Table(heads, rows, note=note)])
 
 
-def _notes_of(lines: list[Summary]) -> list[str]:
+def notes_of(lines: list[Summary]) -> list[str]:
     """Sentences that say what the lines are."""
     sentences = ["Accuracies on test data, or on train data where there are no others."]
     if any(line.variant.startswith("retrained") for line in lines):
@@ -203,14 +221,14 @@ def _notes_of(lines: list[Summary]) -> list[str]:
     return sentences
 
 
-def _shown(line: Summary, name: str, *, bold: bool) -> Cell:
+def shown(line: Summary, name: str, form: str, *, bold: bool = False) -> Cell:
     """Mean and, over several members, the deviation."""
     if name not in line.cells:
         return Cell("–")
     mean, deviation, count = line.cells[name]
     if name in ("before", "epochs") and not deviation:
         count = 1  # the same number by design
-    told = mean_cell(mean, deviation, count, _COLUMNS[name].form)
+    told = mean_cell(mean, deviation, count, form)
     floor = "≥ " if name in line.floors else ""
     return told._replace(text=floor + told.text, bold=bold)
 
@@ -222,7 +240,7 @@ def best_line(lines: list[Summary], name: str) -> int | None:
         if name in line.cells and name not in line.floors:
             mean, deviation, _ = line.cells[name]
             known.append((mean, deviation, index))
-    if not _COLUMNS[name].bold or len(known) < 2:
+    if not column_of(name).bold or len(known) < 2:
         return None
     *others, (best, spread, index) = sorted(known)
     for mean, deviation, _ in others:
