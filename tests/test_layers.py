@@ -69,6 +69,7 @@ RUNS = (
         "stored",
         "lock",
         "imports",
+        "catalog",
         "report",
         "stream",
         "streaming",
@@ -129,6 +130,7 @@ ALLOWED = {
     **{name: set(NUMERICS) for name in PARTS},
     **{name: {*NUMERICS, *PARTS, *RUNS[:i]} for i, name in enumerate(RUNS)},
     "prepare": {"prepared", "tables"},
+    "commands": {"tables"},
     "__init__": {*NUMERICS, *PARTS, *RUNS},
 }
 
