@@ -81,6 +81,7 @@ setuptools.setup(
         "cuda": ["jax[cuda12]>=0.10"],
         "prepare": ["tensorflow-cpu>=2.18", "importlib_resources"],
         "test": [
+            "build>=1.2",
             "equinox>=0.13",
             "pytest>=8",
             "pytest-timeout>=2.3",
@@ -88,6 +89,7 @@ setuptools.setup(
             "hypothesis>=6.100",
             "mypy>=1.13",
             "ruff>=0.8",
+            "setuptools>=65",
         ],
     },
 )

@@ -13,6 +13,7 @@ import jax
 from sparsity_jax import (
     ancestry,
     checkpoint,
+    durations,
     finished,
     interface,
     lock,
@@ -93,10 +94,11 @@ def run(
         workdirs.claim(workdir, config)
         tell_environment(problem, workdir, command)
         diverged: list[str] = []
+        schedule = durations.schedule_of(plans, problem)
 
         def run_plan(plan: Plan, folder: Path, config: Config) -> Outcome:
             own_problem = problem.with_members(plan.size)
-            return _run_plan(plan, own_problem, folder, config, still_mine)
+            return _run_plan(plan, own_problem, folder, config, schedule, still_mine)
 
         if len(plans) == 1:
             outcome = run_plan(plans[0], workdir, config)
@@ -114,7 +116,7 @@ def run(
 
 class Run(NamedTuple):
     """A plan being run. rows: all so far, of this run only. origin: rows of the run it started
-    from.
+    from. schedule: of all plans of the run.
     """
 
     plan: Plan
@@ -123,6 +125,7 @@ class Run(NamedTuple):
     writer: Writer
     rows: Rows
     origin: Rows
+    schedule: durations.Schedule
 
     def per_member(self, rows: Rows) -> MemberRows:
         every = range(self.problem.members or 1)
@@ -155,7 +158,12 @@ class Run(NamedTuple):
 
 
 def _run_plan(
-    plan: Plan, problem: Problem, workdir: Path, config: Config, still_mine: Callable[[], None]
+    plan: Plan,
+    problem: Problem,
+    workdir: Path,
+    config: Config,
+    schedule: durations.Schedule,
+    still_mine: Callable[[], None],
 ) -> Outcome:
     """Runs the stages of one plan, from its newest whole checkpoint if there is one.
 
@@ -173,7 +181,7 @@ def _run_plan(
         stages.check_weights(problem, state)
     saved = checkpoint.Checkpoints(workdir, config, found, still_mine)
     with contextlib.closing(saved), Writer(workdir, progress.rows) as writer:
-        run = Run(plan, problem, saved, writer, progress.rows, origin)
+        run = Run(plan, problem, saved, writer, progress.rows, origin, schedule)
         if found:
             stage_number = min(progress.stage + 1, len(plan.pipeline))
             say(f"continuing {workdir} in stage {stage_number} of {len(plan.pipeline)}")
@@ -242,7 +250,9 @@ def _run_updates(run: Run, state: State, place: Place) -> State:
     spe = stage.steps_per_epoch(run.problem)
     # what an interruption saves, replaced as one: it may come between any two instructions
     good = run.reached(state, position, 0.0)
-    display = Display(f"{position + 1}/{len(plan.pipeline)} {name}")
+    key = (plan.numbers[0], position)
+    watch = durations.Watch(run.schedule, key, resumed=any(place.rows))
+    display = Display(f"{position + 1}/{len(plan.pipeline)} {name}", watch)
     updates = stage.run(run.problem, state, place)
     with display, contextlib.closing(updates):
         try:

@@ -89,6 +89,7 @@ RUNS = (
         "greg",
         "trials",
         "weights",
+        "durations",
         "progress",
         "finished",
         "ancestry",
@@ -121,7 +122,18 @@ FOLDERS = {
     "optim": ("rates", "schedules", "steps", "adagrad", "penalties", "recipe", "__init__"),
     "models": ("layers", "mlp", "convolutions", "cnn", "resnet", "vgg", "mobilenet", "__init__"),
     "report": (
-        *("files", "rows", "events", "runs", "sections", "series", "raw", "draw", "summary"),
+        *(
+            "files",
+            "rows",
+            "events",
+            "runs",
+            "sections",
+            "series",
+            "raw",
+            "draw",
+            "summary",
+            "text",
+        ),
         *("pruning", "training", "growth", "channels", "limits", "page", "__init__", "__main__"),
     ),
 }
