@@ -1,5 +1,6 @@
 """Command line: `python -m sparsity_jax.run --config NAME[:variant] --workdir DIR
-[--config.x.y=value]`, NAME: a config of the library, or a file.
+[--config.x.y=value]`, NAME: a config of the library, or a file. `--list` tells their names, and
+what configs can name; `--describe` what a config can say.
 """
 
 import ast
@@ -35,6 +36,12 @@ _DESCRIBE = flags.DEFINE_bool(
     False,
     "Print every field of the config: explanation, type, default, value. Nothing runs.",
 )
+_LIST = flags.DEFINE_string(
+    "list",
+    None,
+    "Print what configs can name, a line each: configs, variants, stages, models, measures, "
+    "optimizers or data; all of them without a kind. Nothing runs.",
+)
 _CACHE = flags.DEFINE_bool(compilation.FLAG, True, compilation.HELP)
 _LOCK_SECONDS = flags.DEFINE_float(
     "lock_seconds",
@@ -57,7 +64,7 @@ def parse(argv: list[str]) -> list[str]:
     """
     given = sys.argv  # where the flag --config looks for fields
     try:
-        sys.argv = _with_file(without_sweep(argv))
+        sys.argv = _with_file(_with_kind(without_sweep(argv)))
         return flags.FLAGS(sys.argv)
     except flags.Error as error:  # of the config file or its variant it holds the whole traceback
         last = str(error).strip().splitlines()[-1].strip()
@@ -101,6 +108,15 @@ def _with_file(argv: list[str]) -> list[str]:
             argument = catalog.located(argument)
         found.append(argument)
         previous = argument
+    return found
+
+
+def _with_kind(argv: list[str]) -> list[str]:
+    """The command line with an empty kind behind a `--list` that has none."""
+    found = []
+    for argument, following in zip(argv, [*argv[1:], "--"]):
+        alone = argument == "--list" and following.startswith("-")
+        found.append("--list=" if alone else argument)
     return found
 
 
@@ -161,8 +177,21 @@ def _check_given(rest: list[str]) -> None:
         sys.exit(f"error: --workdir is {state}; name a folder.")
 
 
+def _print_names(kind: str) -> None:
+    """Prints what configs can name."""
+    from sparsity_jax import listing
+
+    try:
+        sys.stdout.write(listing.listed(kind))
+    except tables.ConfigError as error:
+        sys.exit(f"error: {error}")
+
+
 def main(argv: list[str]) -> None:
     """The command line, flags read; argv: what is left of it."""
+    if _LIST.value is not None:
+        _print_names(_LIST.value)
+        return
     # not at the top: an exception that a signal raises inside these imports can crash them, see
     # `stopping.listen`
     from sparsity_jax import describe, pipeline, train, workdirs

@@ -98,6 +98,7 @@ RUNS = (
         "turns",
         "pipeline",
         "describe",
+        "listing",
         "extend",
         "export",
         "evaluate",

@@ -218,6 +218,17 @@ def test_describe_prints_what_can_be_set_and_runs_nothing(command, capsys):
     assert "\n  epochs: int >= 1 and <= 2147483647; no default, here 7\n" in printed
 
 
+@pytest.mark.parametrize(("kind", "heads"), [("", ["configs", "variants"]), ("data", ["data"])])
+def test_list_prints_names_and_runs_nothing(kind, heads, monkeypatch, capsys):
+    """In the place of a config and a workdir."""
+    monkeypatch.setattr(sys, "argv", ["run", "--list", *([kind] if kind else [])])
+    with flagsaver.flagsaver():
+        run.main(run.parse(sys.argv))
+    printed = capsys.readouterr().out
+    assert printed.startswith(heads[0])
+    assert set(heads) <= set(printed.splitlines())
+
+
 def test_a_config_of_the_library_goes_by_name_in_any_folder(command, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     command(None, "--describe", config="toy_cnn:mlp")
