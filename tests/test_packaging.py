@@ -57,6 +57,15 @@ def test_there_is_one_version(built):
     assert f"\nversion: {sparsity_jax.__version__}\n" in cited
 
 
+def test_the_page_on_installation_has_every_dependency_and_extra(built):
+    required = (built / "sparsity_jax.egg-info" / "requires.txt").read_text()
+    always, *extras = re.split(r"^\[(\w+)\]$", required, flags=re.MULTILINE)
+    page = (ROOT / "docs" / "install.md").read_text()
+    cells = re.findall(r"^\| ([\w, -]+) \| \d+ \|", page, re.MULTILINE)
+    assert set(", ".join(cells).split(", ")) == set(re.findall(r"^[\w-]+", always, re.MULTILINE))
+    assert re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE) == sorted(extras[::2])
+
+
 # The console script -------------------------------------------------------------------------------
 
 
