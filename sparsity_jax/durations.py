@@ -43,7 +43,8 @@ class Schedule:
     def after(self, key: Key) -> tuple[float, bool]:
         """(seconds of the stages behind the one at `key`, whether those of all are known)."""
         keys = list(self.visits)
-        coming = keys[keys.index(key) + 1 :]
+        place = keys.index(key)
+        coming = keys[place + 1 :]
         expected = [self._expected(self.visits[later]) for later in coming]
         known = [seconds for seconds in expected if seconds is not None]
         return sum(known), len(known) == len(expected)
@@ -60,11 +61,16 @@ def schedule_of(plans: Sequence[Any], problem: Any) -> Schedule:
     """The stages of all `plans.Plan`s of a run, one after the other."""
     visits = {}
     for plan in plans:
+        first = plan.numbers[0]
+        networks = len(plan.members)
         for position, name in enumerate(plan.pipeline):
             stage = plan.settings[name][0]
+            visit = Visit(name)
             steps = stage.steps_in_all(problem)
-            images = steps * stage.batch_size * len(plan.members) if steps else 0
-            visits[plan.numbers[0], position] = Visit(name, steps, images)
+            if steps:
+                images = steps * stage.batch_size * networks
+                visit = Visit(name, steps, images)
+            visits[first, position] = visit
     return Schedule(visits)
 
 
@@ -87,21 +93,34 @@ class Watch:
         """What is to be said once this share is done: time left of the stage and of the run, steps
         and images per second; [] where nothing was measured yet.
         """
+        rate = self._rate(done)
+        if not rate:
+            return []
+        visit = self._schedule.visits[self._key]
+        self._schedule.learn(visit, 1 / rate)
+        left = (1 - done) / rate
+        later, all_known = self._schedule.after(self._key)
+        of_run = tqdm.format_interval(left + later)
+        if not all_known:
+            of_run += "+"
+        parts = [tqdm.format_interval(left), f"run {of_run}"]
+        if visit.steps:
+            parts.append(_speed(visit.steps * rate, "steps"))
+            parts.append(_speed(visit.images * rate, "images"))
+        return parts
+
+    def _rate(self, done: float) -> float:
+        """The share done per second, 0 where it is not known yet."""
         now = time.monotonic()
         since, before = self._since or (now, done)
         if self._is_first:
             self._since = (now, done)
             self._is_first = False
-        if now <= since or done <= before:
-            return []
-        rate = (done - before) / (now - since)
-        visit = self._schedule.visits[self._key]
-        self._schedule.learn(visit, 1 / rate)
-        left = (1 - done) / rate
-        later, all_known = self._schedule.after(self._key)
-        unknown = "" if all_known else "+"
-        parts = [tqdm.format_interval(left), f"run {tqdm.format_interval(left + later)}{unknown}"]
-        if visit.steps:
-            parts.append(f"{tqdm.format_sizeof(visit.steps * rate)} steps/s")
-            parts.append(f"{tqdm.format_sizeof(visit.images * rate)} images/s")
-        return parts
+        seconds = now - since
+        if seconds > 0:
+            return (done - before) / seconds
+        return 0.0
+
+
+def _speed(per_second: float, what: str) -> str:
+    return f"{tqdm.format_sizeof(per_second)} {what}/s"

@@ -113,7 +113,11 @@ def whole(tmp_path_factory, with_lanczos):
 def test_the_quick_start_ends_with_a_report(whole):
     workdir, printed = whole
     assert f"report: {workdir / 'report.html'}" in printed
-    assert "1/7 fit_sfw: done in" in printed  # plain lines where there is no terminal
+    # whole lines where there is no terminal
+    assert "\r" not in printed
+    assert printed.count("\n1/7 fit_sfw: ") + printed.startswith("1/7 fit_sfw: ") == 3 + 1
+    assert "images/s\n1/7 fit_sfw: done in" in printed
+    assert "largest within 1 point %" in printed  # the summary of the page
     assert "Traceback" not in printed
     assert "Warning" not in printed
     page = (workdir / "report.html").read_text(encoding="utf-8")

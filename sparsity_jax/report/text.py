@@ -25,11 +25,12 @@ def summary_of(config: Fields, rows: Rows, environment: Fields | None = None) ->
 def text_of(table: Table) -> str:
     """A table in lines as wide as the terminal; columns that are too many go below the others."""
     shown = table.rows[:MOST_LINES]
+    heads = [_plain(cell) for cell in table.heads]
     lines = [[_plain(cell) for cell in row] for row in shown]
-    name, *heads = map(_plain, table.heads)
-    frame = pd.DataFrame([line[1:] for line in lines], columns=heads)
-    frame.index = pd.Index([line[0] for line in lines], name=name)
-    text = frame.rename_axis(None).to_string(line_width=shutil.get_terminal_size().columns)
+    frame = pd.DataFrame(lines, columns=heads)
+    named = frame.set_index(heads[0]).rename_axis(None)
+    columns = shutil.get_terminal_size().columns
+    text = named.to_string(line_width=columns)
     return text + only_first(MOST_LINES, len(table.rows), "lines")
 
 
@@ -37,4 +38,6 @@ def _plain(cell: Cell | str) -> str:
     """What a cell says."""
     if isinstance(cell, str):
         return cell
-    return " ".join(filter(None, (cell.text, cell.small)))
+    if cell.small:
+        return f"{cell.text} {cell.small}"
+    return cell.text
