@@ -60,6 +60,11 @@ DATASETS = {
 DENSE = ("fc2", "fc5", "fc12", "fc13", "digits")
 
 
+def variants() -> dict[str, str]:
+    """What may stand behind the colon, with a line on it."""
+    return {name: f"{network} on {data}" for name, (data, network, *_) in SETTINGS.items()}
+
+
 def get_config(variant: str = "fc5"):
     data_name, network, learning_rate, schedule, strength, num_matvecs = tables.lookup(
         SETTINGS, variant, "variant"

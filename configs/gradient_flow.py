@@ -62,6 +62,13 @@ def defaults(model: str) -> dict:
     return KEYS | (dict(data="digits", rounds=5, epochs=20) if model == "digits" else {})
 
 
+def variants() -> dict[str, str]:
+    """What may stand behind the colon, with a line on it."""
+    named = {model: f"on {defaults(model)['data']}" for model in MODELS}
+    settings = {f"MODEL,{key}=": f"by default {value!r}" for key, value in KEYS.items()}
+    return named | settings
+
+
 def parse(variant: str) -> tuple[str, dict]:
     model, *pairs = variant.split(",")
     tables.lookup(MODELS, model, "variant")

@@ -145,6 +145,13 @@ KEYS = dict(
 )
 
 
+def variants() -> dict[str, str]:
+    """What may stand behind the colon, with a line on it."""
+    named = {name: f"{network.model} on {network.data}" for name, network in NETWORKS.items()}
+    settings = {f"NETWORK,{key}=": f"by default {value!r}" for key, value in KEYS.items()}
+    return named | settings
+
+
 def parse(variant: str) -> tuple[str, dict[str, str]]:
     name, *pairs = variant.split(",")
     tables.lookup(NETWORKS, name, "variant")

@@ -58,6 +58,16 @@ VARIANTS = dict(
 )
 
 
+def variants() -> dict[str, str]:
+    """What may stand behind the colon, with a line on it."""
+    choices = dict(data=DATASETS, arch=ARCHITECTURES, constraint=CONSTRAINTS)
+    lines = {}
+    for key, value in VARIANTS.items():
+        allowed = f"; allowed: {', '.join(choices[key])}" if key in choices else ""
+        lines[f"{key}="] = f"by default {value!r}{allowed}"
+    return lines
+
+
 def parse(variant: str) -> dict[str, str]:
     """`key=value,key=value` over the defaults of VARIANTS."""
     chosen = dict(VARIANTS)

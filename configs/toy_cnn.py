@@ -9,10 +9,8 @@ retraining, and by whole filters.
     python -m sparsity_jax.run --config configs/toy_cnn.py:mlp --workdir runs/toy_mlp
     python -m sparsity_jax.run --config configs/toy_cnn.py:story --workdir runs/cifar_story
 
-Variants: `cnn` (the arms one after the other), `mlp` (digits; the arms one after the other,
-three seeds of each side by side), `story` (the two arms of the paper's claim, global pruning
-at 19 ratios). Learning rates: 0.1 for SGD with heavy-ball momentum 0.9; SFW averages its momentum,
-so the same step length is 1.0.
+VARIANTS may stand behind the colon. Learning rates: 0.1 for SGD with heavy-ball momentum 0.9; SFW
+averages its momentum, so the same step length is 1.0.
 """
 
 from sparsity_jax import models, optim, pipeline, polytopes, tables
@@ -23,7 +21,17 @@ ARMS = {
     "sfw": ("SFW, unconstrained", "sfw", "unconstrained"),
     "sfw_k_sparse": ("SFW, K-sparse polytope", "sfw", "k_sparse"),
 }
+VARIANTS = {
+    "cnn": "the arms one after the other",
+    "mlp": "digits; the arms one after the other, three seeds of each side by side",
+    "story": "the two arms of the paper's claim, global pruning at 19 ratios",
+}
 STEPS = tuple(round(0.1 * i, 1) for i in range(10))
+
+
+def variants() -> dict[str, str]:
+    """What may stand behind the colon, with a line on it."""
+    return VARIANTS
 
 
 def optimizer_of(arm: str, dense: bool) -> dict:
@@ -39,7 +47,7 @@ def optimizer_of(arm: str, dense: bool) -> dict:
 
 
 def get_config(variant: str = "cnn"):
-    tables.lookup(dict.fromkeys(("cnn", "mlp", "story")), variant, "variant")
+    tables.lookup(VARIANTS, variant, "variant")
     dense = variant == "mlp"
     network = tables.options(
         models.MODELS, "mlp" if dense else "small_cnn", init="torch", dtype="float32"

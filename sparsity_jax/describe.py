@@ -14,7 +14,7 @@ from sparsity_jax import data, members, models, plans, tables
 from sparsity_jax.tables import Named, lookup, parameters
 from sparsity_jax.types import Config
 
-__all__ = ["Part", "describe", "texts_of"]
+__all__ = ["Part", "describe", "summary_of", "texts_of"]
 
 _SHARED = {  # what an option means wherever its own function does not say
     # stages
@@ -139,7 +139,7 @@ def _part_lines(place: str, options: Callable, values: Config) -> Iterator[str]:
         return
     kind = getattr(options, "kind", "")
     yield f"{place}, kind {kind!r}" if kind else place
-    yield from _wrapped(_split(options, parameters(options))[0], 4)
+    yield from _wrapped(summary_of(options), 4)
     hints = typing.get_type_hints(options, include_extras=True)
     defaults = tables.defaults(options)
     texts = texts_of(options)
@@ -155,6 +155,11 @@ def _wrapped(text: str, indent: int) -> list[str]:
     """`text` in lines of at most 100 columns."""
     space = " " * indent
     return textwrap.wrap(text, 100, initial_indent=space, subsequent_indent=space)
+
+
+def summary_of(options: Callable) -> str:
+    """The docstring of a function or class up to the first option that it explains."""
+    return _split(options, parameters(options))[0]
 
 
 def texts_of(options: Callable) -> dict[str, str]:

@@ -72,6 +72,13 @@ class Grow(removal.Remove, growing.Penalty):
     def steps_per_epoch(self, problem: Problem) -> int:
         return self.training().steps_per_epoch(problem)
 
+    def most_epochs(self, problem: Problem) -> int:
+        """As many as growth may take, and one more, which it never ends."""
+        return math.ceil(self.most_steps() / self.steps_per_epoch(problem)) + 1
+
+    def steps_in_all(self, problem: Problem) -> int:
+        return self.most_epochs(problem) * self.steps_per_epoch(problem)
+
     def training(self, epochs: int = 1) -> train.Fit:
         """What trains under the penalty."""
         names = ("batch_size", "optimizer", "loss", "augment", "evaluate_every")
@@ -144,13 +151,8 @@ def _grown(problem: Problem, stage: Grow, state: State) -> tuple[State, Fields]:
 def _fits_of(
     problem: Problem, state: State, members: Sequence[Grow]
 ) -> tuple[list[train.Fit], Fields]:
-    """The trainings of all members and their traced numbers; as many epochs as growth may take,
-    and one more, which it never ends.
-    """
-    fits = []
-    for stage in members:
-        epochs = math.ceil(stage.most_steps() / stage.steps_per_epoch(problem)) + 1
-        fits.append(stage.training(epochs))
+    """The trainings of all members and their traced numbers."""
+    fits = [stage.training(stage.most_epochs(problem)) for stage in members]
     return fits, train.numbers_of(problem, state, fits) | dict(key=state.key)
 
 

@@ -132,6 +132,11 @@ class Stage:
         del problem
         return 1
 
+    def steps_in_all(self, problem: Any) -> int:
+        """Steps of training that it makes, at most; 0 where it trains nothing by itself."""
+        del problem
+        return 0
+
     def begin(self, problem: Any, state: PyTree, place: Place) -> PyTree:
         """The state that it starts from; pure, so that a resumed run knows its structure."""
         del problem, place

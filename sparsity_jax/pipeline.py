@@ -13,6 +13,7 @@ import jax
 from sparsity_jax import (
     ancestry,
     checkpoint,
+    durations,
     finished,
     interface,
     lock,
@@ -100,10 +101,11 @@ def run(
         origin = provenance.describe(config, command=command, config_file=config_file)
         tell_environment(problem, workdir, origin)
         diverged: list[str] = []
+        schedule = durations.schedule_of(plans, problem)
 
         def run_plan(plan: Plan, folder: Path, config: Config) -> Outcome:
             own_problem = problem.with_members(plan.size)
-            return _run_plan(plan, own_problem, folder, config, still_mine)
+            return _run_plan(plan, own_problem, folder, config, schedule, still_mine)
 
         if len(plans) == 1:
             outcome = run_plan(plans[0], workdir, config)
@@ -121,7 +123,7 @@ def run(
 
 class Run(NamedTuple):
     """A plan being run. rows: all so far, of this run only. origin: rows of the run it started
-    from.
+    from. schedule: of all plans of the run.
     """
 
     plan: Plan
@@ -130,6 +132,7 @@ class Run(NamedTuple):
     writer: Writer
     rows: Rows
     origin: Rows
+    schedule: durations.Schedule
 
     def per_member(self, rows: Rows) -> MemberRows:
         every = range(self.problem.members or 1)
@@ -162,7 +165,12 @@ class Run(NamedTuple):
 
 
 def _run_plan(
-    plan: Plan, problem: Problem, workdir: Path, config: Config, still_mine: Callable[[], None]
+    plan: Plan,
+    problem: Problem,
+    workdir: Path,
+    config: Config,
+    schedule: durations.Schedule,
+    still_mine: Callable[[], None],
 ) -> Outcome:
     """Runs the stages of one plan, from its newest whole checkpoint if there is one.
 
@@ -181,7 +189,7 @@ def _run_plan(
     saved = checkpoint.Checkpoints(workdir, config, found, still_mine)
     own_trackers = trackers.begin(plan.common["log"], workdir, config)
     with contextlib.closing(saved), Writer(workdir, progress.rows, own_trackers) as writer:
-        run = Run(plan, problem, saved, writer, progress.rows, origin)
+        run = Run(plan, problem, saved, writer, progress.rows, origin, schedule)
         if found:
             stage_number = min(progress.stage + 1, len(plan.pipeline))
             say(f"continuing {workdir} in stage {stage_number} of {len(plan.pipeline)}")
@@ -250,7 +258,9 @@ def _run_updates(run: Run, state: State, place: Place) -> State:
     spe = stage.steps_per_epoch(run.problem)
     # what an interruption saves, replaced as one: it may come between any two instructions
     good = run.reached(state, position, 0.0)
-    display = Display(f"{position + 1}/{len(plan.pipeline)} {name}")
+    key = (plan.numbers[0], position)
+    watch = durations.Watch(run.schedule, key, resumed=any(place.rows))
+    display = Display(f"{position + 1}/{len(plan.pipeline)} {name}", watch)
     updates = stage.run(run.problem, state, place)
     with display, contextlib.closing(updates):
         try:

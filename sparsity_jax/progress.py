@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import platform as host
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,9 @@ import tqdm
 from jax import local_devices
 
 import sparsity_jax
-from sparsity_jax import data, report, trees, weights
+from sparsity_jax import data, durations, report, trees, weights
 from sparsity_jax.train import Problem, shapes_of
-from sparsity_jax.types import Config, Fields, Rows
+from sparsity_jax.types import Config, Fields, Row, Rows
 from sparsity_jax.workdirs import say
 
 __all__ = ["Display", "chance", "describe_environment", "tell_environment", "write_report"]
@@ -33,9 +32,12 @@ def chance(dataset: data.Dataset) -> float:
 
 
 def write_report(workdir: Path, config: Config, rows: Rows) -> None:
-    """Writes the report of a run, and says where it is."""
+    """Writes the report of a run, and says what it amounts to and where it is."""
     environment = report.read_environment(workdir)
     path = report.write(workdir, dict(config), rows, environment=environment)
+    table = report.summary_of(dict(config), rows, environment)
+    if table:
+        say(f"\n{table}\n")
     say(f"report: {path}")
 
 
@@ -74,11 +76,6 @@ def describe_environment(problem: Problem) -> Fields:
     return environment
 
 
-# numbers of a row that its line of progress shows
-_SHOWN = ("epoch", "iteration", "ratio", "train_loss", "test_accuracy", "accuracy", "loss_after")
-_BAR = "{desc:<24} {percentage:3.0f}% |{bar:30}| {elapsed}<{remaining} {postfix}"
-
-
 def _told_precision(problem: Problem) -> str:
     """How precisely matrix products are computed, and which type bounds that."""
     told = f"{problem.precision}, of curvature {problem.curvature_precision}"
@@ -88,36 +85,77 @@ def _told_precision(problem: Problem) -> str:
     return told
 
 
-class Display:
-    """Progress of a stage: a bar where stderr is a terminal, otherwise a line for new rows, at most
-    every five seconds, and one a minute where there are none."""
+_SHOWN = {  # numbers of a row that are shown; in a bar only the first that is known
+    "test_accuracy": "test {:.1%}",
+    "accuracy": "accuracy {:.1%}",
+    "train_accuracy": "train {:.1%}",
+    "train_loss": "loss {:.4g}",
+    "loss_after": "loss {:.4g}",
+}
+_AT = {"epoch": "epoch {}", "iteration": "iteration {}", "ratio": "ratio {:.4g}"}
 
-    def __init__(self, name: str):
+
+class Display:
+    """Progress of a stage: a bar where stderr is a terminal, otherwise a line per epoch, of other
+    rows at most every five seconds, and one a minute where there are none."""
+
+    def __init__(self, name: str, watch: durations.Watch):
         self._name = name
-        self._started = time.monotonic()
-        self._said = self._started - 5
+        self._watch = watch
+        self._said = -5.0  # seconds since the stage began
+        self._known: dict[str, str] = {}
         # without a terminal there is no bar
-        self._bar = tqdm.tqdm(total=1.0, desc=name, bar_format=_BAR, disable=None)
+        self._bar = tqdm.tqdm(
+            total=1.0,
+            bar_format=_bar_between(name, ""),
+            miniters=0,
+            dynamic_ncols=True,
+            leave=False,
+            disable=None,
+        )
 
     def __enter__(self) -> "Display":
         return self
 
     def __exit__(self, kind: Any, *_: object) -> None:
         self._bar.close()
-        if self._bar.disable and kind is None:
-            seconds = time.monotonic() - self._started
-            say(f"{self._name}: done in {seconds:.1f} s")
+        if kind is None:
+            seconds = f"done in {self._watch.elapsed():.1f} s"
+            say(f"{self._name}: {', '.join([seconds, *self._metric()])}")
 
     def show(self, done: float, rows: Rows) -> None:
         """done: share in [0, 1]; of the rows the newest one's numbers are shown."""
         newest = rows[-1] if rows else {}
-        shown = [name for name in _SHOWN if name in newest]
-        parts = [f"{name}={newest[name]:.4g}" for name in shown]
-        text = " ".join(parts)
-        if text:
-            self._bar.set_postfix_str(text, refresh=False)
+        told = self._watch.told(done)
+        numbers = _numbers_of(newest, _SHOWN)
+        self._known |= numbers
+        if self._bar.disable:
+            self._say(done, newest, [*_numbers_of(newest, _AT).values(), *numbers.values(), *told])
+            return
+        before = " ".join([self._name, f"{done:.0%}", *self._metric()])
+        self._bar.bar_format = _bar_between(before, ", ".join(told))
         self._bar.update(min(done, 1.0) - self._bar.n)
-        silent = time.monotonic() - self._said
-        if self._bar.disable and silent > (5 if text else 60):
-            self._said = time.monotonic()
-            say(f"{self._name}: {done:.0%} {text}".rstrip())
+
+    def _metric(self) -> list[str]:
+        """The newest number of the first kind of `_SHOWN` that there is."""
+        known = [self._known[name] for name in _SHOWN if name in self._known]
+        return known[:1]
+
+    def _say(self, done: float, newest: Row, parts: list[str]) -> None:
+        """A line of a log, unless there was one a moment ago."""
+        now = self._watch.elapsed()
+        pause = 5 if newest else 60
+        if "epoch" in newest or now - self._said > pause:
+            self._said = now
+            say(f"{self._name}: {', '.join([f'{done:.0%}', *parts])}")
+
+
+def _bar_between(before: str, behind: str) -> str:
+    """The line of a bar as tqdm reads it, for which braces are fields."""
+    texts = [text.replace("{", "{{").replace("}", "}}") for text in (before, behind)]
+    return "{} |{{bar}}| {}".format(*texts)
+
+
+def _numbers_of(row: Row, forms: dict[str, str]) -> dict[str, str]:
+    """The numbers of a row that are there, as they are shown."""
+    return {name: form.format(row[name]) for name, form in forms.items() if name in row}

@@ -1,5 +1,6 @@
-"""Command line: `python -m sparsity_jax.run --config configs/NAME.py[:variant] --workdir DIR
-[--config.x.y=value]`.
+"""Command line: `python -m sparsity_jax.run --config NAME[:variant] --workdir DIR
+[--config.x.y=value]`, NAME: a config of the library, or a file. `--list` tells their names, and
+what configs can name; `--describe` what a config can say.
 """
 
 import ast
@@ -17,14 +18,14 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from sparsity_jax import compilation, lock, stopping, tables
+from sparsity_jax import catalog, compilation, lock, stopping, tables
 
 __all__ = ["SWEPT", "collect_rarely", "main", "parse", "swept", "without_sweep"]
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
-    "File of the run's config, e.g. configs/quickstart.py or configs/sfw_oneshot.py:arch=vgg16.",
+    "Config of the run, of the library or a file: quickstart, sfw_oneshot:arch=vgg16, mine.py.",
     lock_config=True,
 )
 _WORKDIR = flags.DEFINE_string(
@@ -34,6 +35,12 @@ _DESCRIBE = flags.DEFINE_bool(
     "describe",
     False,
     "Print every field of the config: explanation, type, default, value. Nothing runs.",
+)
+_LIST = flags.DEFINE_string(
+    "list",
+    None,
+    "Print what configs can name, a line each: configs, variants, stages, models, measures, "
+    "optimizers or data; all of them without a kind. Nothing runs.",
 )
 _CACHE = flags.DEFINE_bool(compilation.FLAG, True, compilation.HELP)
 _LOCK_SECONDS = flags.DEFINE_float(
@@ -47,6 +54,7 @@ _LOCK_SECONDS = flags.DEFINE_float(
 )
 
 
+_CONFIG_FLAGS = ("-config", "--config")
 SWEPT: dict[str, Any] = {}  # values of --config.sweep.PATH, by path
 
 
@@ -55,8 +63,8 @@ def parse(argv: list[str]) -> list[str]:
     traceback.
     """
     given = sys.argv  # where the flag --config looks for fields
-    sys.argv = without_sweep(argv)
     try:
+        sys.argv = _with_file(_with_kind(without_sweep(argv)))
         return flags.FLAGS(sys.argv)
     except flags.Error as error:  # of the config file or its variant it holds the whole traceback
         last = str(error).strip().splitlines()[-1].strip()
@@ -88,6 +96,30 @@ def without_sweep(argv: list[str]) -> list[str]:
     return rest
 
 
+def _with_file(argv: list[str]) -> list[str]:
+    """The command line with the file of the config that `--config` names."""
+    found = []
+    previous = ""
+    for argument in argv:
+        flag, equals, given = argument.partition("=")
+        if equals and flag in _CONFIG_FLAGS:
+            argument = f"{flag}={catalog.located(given)}"
+        elif previous in _CONFIG_FLAGS:
+            argument = catalog.located(argument)
+        found.append(argument)
+        previous = argument
+    return found
+
+
+def _with_kind(argv: list[str]) -> list[str]:
+    """The command line with an empty kind behind a `--list` that has none."""
+    found = []
+    for argument, following in zip(argv, [*argv[1:], "--"]):
+        alone = argument == "--list" and following.startswith("-")
+        found.append("--list=" if alone else argument)
+    return found
+
+
 def _value_of(text: str) -> Any:
     """The Python value that `text` is, such as `(0, 1)`, or the text itself."""
     try:
@@ -117,16 +149,6 @@ def _report_unraisable(unraisable: Any) -> None:
         sys.__unraisablehook__(unraisable)
 
 
-def _config_file() -> str:
-    """The file that --config names; ends the process where it is not there."""
-    name, _, variant = config_flags.get_config_filename(flags.FLAGS["config"]).partition(".py:")
-    file = f"{name}.py" if variant else name
-    if not os.path.isfile(file):
-        hint = f" Did you mean {file}.py?" if os.path.isfile(f"{file}.py") else ""
-        sys.exit(f"error: --config names {file}, which is not there.{hint}")
-    return file
-
-
 def collect_rarely() -> None:
     """Lets the garbage collector look at objects a few times only, and not at the end.
 
@@ -144,20 +166,40 @@ def _be_quiet() -> None:
     sys.unraisablehook = _report_unraisable
 
 
+def _check_given(rest: list[str]) -> None:
+    """Ends the process where a flag is missing. rest: what is no flag."""
+    if rest:
+        sys.exit(f"error: {rest[0]!r} is no flag; flags begin with --, e.g. --config.seed=1.")
+    if _CONFIG.value is None:
+        sys.exit(f"error: --config is missing; allowed: a file, {', '.join(catalog.files())}.")
+    if not (_WORKDIR.value or _DESCRIBE.value):
+        state = "missing" if _WORKDIR.value is None else "empty"
+        sys.exit(f"error: --workdir is {state}; name a folder.")
+
+
+def _print_names(kind: str) -> None:
+    """Prints what configs can name."""
+    from sparsity_jax import listing
+
+    try:
+        sys.stdout.write(listing.listed(kind))
+    except tables.ConfigError as error:
+        sys.exit(f"error: {error}")
+
+
 def main(argv: list[str]) -> None:
     """The command line, flags read; argv: what is left of it."""
+    if _LIST.value is not None:
+        _print_names(_LIST.value)
+        return
     # not at the top: an exception that a signal raises inside these imports can crash them, see
     # `stopping.listen`
     from sparsity_jax import describe, pipeline, train, workdirs
 
     workdir = _WORKDIR.value or ""
-    if argv[1:]:
-        sys.exit(f"error: {argv[1]!r} is no flag; flags begin with --, e.g. --config.seed=1.")
-    if not (workdir or _DESCRIBE.value):
-        state = "missing" if _WORKDIR.value is None else "empty"
-        sys.exit(f"error: --workdir is {state}; name a folder.")
+    _check_given(argv[1:])
     _be_quiet()
-    config_file = _config_file()
+    config_file, _, _ = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
     try:
         stopping.check()
         config = swept(_CONFIG.value.to_dict(), SWEPT)
@@ -193,5 +235,4 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     stopping.listen()
     collect_rarely()
-    flags.mark_flags_as_required(["config"])
     app.run(main, flags_parser=parse)

@@ -100,7 +100,7 @@ class Measure(NamedTuple):
 
     reduce: [channels, weights of a channel] -> [channels]. biased: every value is multiplied by the
     distance abs(w) or abs(w - w0). on: the arrays that are read, `kernel`, `scale` (of norms),
-    `norm` (scale and bias) or `nothing`.
+    `norm` (scale and bias) or `nothing`. about: a line on what it is, and its source.
     """
 
     needs: tuple[str, ...]
@@ -108,6 +108,7 @@ class Measure(NamedTuple):
     reduce: Callable = _sum
     biased: bool = False
     on: Literal["kernel", "scale", "norm", "nothing"] = "kernel"
+    about: str = ""
 
     def is_weighted(self, use_l2: bool) -> bool:
         """Whether values are multiplied by the distance: once, and not where use_l2 already did so
@@ -125,42 +126,74 @@ def _square_product(w: Array, g2: Array) -> Array:
     return jnp.square(w) * g2
 
 
-# Sums run over the weights of a filter. "Flow": Lubana and Dick 2021, arXiv:2009.11839, which
-# compares the first eleven; another source is where the rule comes from.
+# Sums run over the weights of a filter. Lubana and Dick 2021, arXiv:2009.11839, compare the first
+# eleven; another source is where the rule comes from.
 MEASURES: dict[str, Measure] = {
-    # sqrt(sum w^2); Flow
-    "mag_based": Measure(("w",), jnp.abs, _norm),
-    # sum |w|; Li et al. 2017, arXiv:1608.08710
-    "l1": Measure(("w",), jnp.abs),
-    # |scale| of the norm; Liu et al. 2017, arXiv:1708.06519
-    "bn": Measure(("w",), jnp.abs, on="scale"),
-    # sum |w g|; Lee et al. 2019, arXiv:1810.02340
-    "loss_based": Measure(("w", "g"), _abs_product),
-    # sum |w| |w g|; Flow
-    "biased_loss": Measure(("w", "g"), _abs_product, biased=True),
-    # sum |w| average(|w g|); with use_l2, whose factor is in the average, sum average(|w| |w g|);
-    # Flow
-    "biased_loss_tracked": Measure(("saliency",), jnp.positive, biased=True),
-    # |sum w g|; Molchanov et al. 2017, arXiv:1611.06440
-    "tfo": Measure(("w", "g"), jnp.multiply, _abs_sum),
-    # sum w^2 mean(g^2); Theis et al. 2018, arXiv:1801.05787
-    "fisher": Measure(("w", "g2"), _square_product),
-    # scale^2 mean(g^2) plus the same of the bias; Molchanov et al. 2019, arXiv:1906.10771
-    "nvidia": Measure(("w", "g2"), _square_product, on="norm"),
-    # sum w (H g), signed: removing what is negative raises the gradient norm; Wang et al. 2020,
-    # arXiv:2002.07376
-    "grasp": Measure(("w", "hg_grasp"), jnp.multiply),
-    # |sum w (H g)|; Flow
-    "grad_preserve": Measure(("w", "hg_preserve"), jnp.multiply, _abs_sum),
-    # Distance from the geometric median: sum over the filters f' of the kernel of |f - f'|_2,
-    # without those masked to zero; He et al. 2019, arXiv:1811.00250
-    "fpgm": Measure(("w",), jnp.positive, _distances),
-    # |f|^2 / (sum of |f'|^2 over the filters f' of the kernel with |f'| >= |f|). Lee et al. 2021,
-    # arXiv:2010.07611, score weights; here filters take their place, and equal ones score equally
-    # instead of in the order of a sort
-    "lamp": Measure(("w",), jnp.positive, _layer_adaptive),
-    # uniform in [0, 1)
-    "random": Measure((), jnp.positive, on="nothing"),
+    "mag_based": Measure(("w",), jnp.abs, _norm, about="sqrt(sum w^2); Lubana and Dick 2021"),
+    "l1": Measure(("w",), jnp.abs, about="sum |w|; Li et al. 2017, arXiv:1608.08710"),
+    "bn": Measure(
+        ("w",),
+        jnp.abs,
+        on="scale",
+        about="|scale| of the norm; Liu et al. 2017, arXiv:1708.06519",
+    ),
+    "loss_based": Measure(
+        ("w", "g"), _abs_product, about="sum |w g|; Lee et al. 2019, arXiv:1810.02340"
+    ),
+    "biased_loss": Measure(
+        ("w", "g"), _abs_product, biased=True, about="sum |w| |w g|; Lubana and Dick 2021"
+    ),
+    "biased_loss_tracked": Measure(
+        ("saliency",),
+        jnp.positive,
+        biased=True,
+        about="sum |w| average(|w g|); with use_l2, whose factor is in the average, "
+        "sum average(|w| |w g|); Lubana and Dick 2021",
+    ),
+    "tfo": Measure(
+        ("w", "g"),
+        jnp.multiply,
+        _abs_sum,
+        about="|sum w g|; Molchanov et al. 2017, arXiv:1611.06440",
+    ),
+    "fisher": Measure(
+        ("w", "g2"),
+        _square_product,
+        about="sum w^2 mean(g^2); Theis et al. 2018, arXiv:1801.05787",
+    ),
+    "nvidia": Measure(
+        ("w", "g2"),
+        _square_product,
+        on="norm",
+        about="scale^2 mean(g^2) plus the same of the bias; Molchanov et al. 2019, "
+        "arXiv:1906.10771",
+    ),
+    "grasp": Measure(
+        ("w", "hg_grasp"),
+        jnp.multiply,
+        about="sum w (H g), signed: removing what is negative raises the gradient norm; Wang et "
+        "al. 2020, arXiv:2002.07376",
+    ),
+    "grad_preserve": Measure(
+        ("w", "hg_preserve"), jnp.multiply, _abs_sum, about="|sum w (H g)|; Lubana and Dick 2021"
+    ),
+    "fpgm": Measure(
+        ("w",),
+        jnp.positive,
+        _distances,
+        about="distance from the geometric median: sum over the filters f' of the kernel of "
+        "|f - f'|_2, without those masked to zero; He et al. 2019, arXiv:1811.00250",
+    ),
+    # there of weights; here filters take their place, and equal ones score equally instead of in
+    # the order of a sort
+    "lamp": Measure(
+        ("w",),
+        jnp.positive,
+        _layer_adaptive,
+        about="|f|^2 / (sum of |f'|^2 over the filters f' of the kernel with |f'| >= |f|); Lee et "
+        "al. 2021, arXiv:2010.07611",
+    ),
+    "random": Measure((), jnp.positive, on="nothing", about="uniform in [0, 1)"),
 }
 
 _mean_over_members = functools.partial(jnp.mean, axis=0)

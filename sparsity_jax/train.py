@@ -493,7 +493,7 @@ class Fit(interface.Stage):
             raise ConfigError(
                 "batch_size", self.batch_size, allowed=f"multiples of {devices}, the devices"
             )
-        steps = self.epochs * self.steps_per_epoch(problem)
+        steps = self.steps_in_all(problem)
         if steps >= 2**31:
             raise ConfigError(
                 "epochs", self.epochs, why=f"{steps:,} steps", allowed=f"below {2**31:,} steps"
@@ -515,6 +515,9 @@ class Fit(interface.Stage):
 
     def steps_per_epoch(self, problem: Problem) -> int:
         return problem.size("train") // self.batch_size
+
+    def steps_in_all(self, problem: Problem) -> int:
+        return self.epochs * self.steps_per_epoch(problem)
 
     def program(self) -> tuple:
         """Everything but the traced numbers, hashable: equal programs share one compilation."""

@@ -24,6 +24,7 @@ DOCUMENTS = (
         "docs/greg.md",
     ),
     *(
+        "docs/install.md",
         "docs/pretrained.md",
         "docs/streaming.md",
         "docs/teach_a_primitive.md",

@@ -71,6 +71,7 @@ RUNS = (
         "imports",
         "members",
         "provenance",
+        "catalog",
         "report",
         "runs",
         "compare",
@@ -91,6 +92,7 @@ RUNS = (
         "greg",
         "trials",
         "weights",
+        "durations",
         "progress",
         "finished",
         "ancestry",
@@ -99,6 +101,7 @@ RUNS = (
         "turns",
         "pipeline",
         "describe",
+        "listing",
         "extend",
         "export",
         "evaluate",
@@ -125,7 +128,7 @@ FOLDERS = {
     "compare": ("lines", "page", "__init__", "__main__"),
     "report": (
         *("files", "rows", "trackers", "events", "runs", "sections", "series", "raw", "draw"),
-        "summary",
+        *("summary", "text"),
         *("pruning", "training", "growth", "channels", "limits", "page", "__init__", "__main__"),
     ),
 }
@@ -134,6 +137,7 @@ ALLOWED = {
     **{name: set(NUMERICS) for name in PARTS},
     **{name: {*NUMERICS, *PARTS, *RUNS[:i]} for i, name in enumerate(RUNS)},
     "prepare": {"prepared", "tables"},
+    "commands": {"tables"},
     "__init__": {*NUMERICS, *PARTS, *RUNS},
 }
 

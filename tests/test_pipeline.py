@@ -971,25 +971,6 @@ def test_optimizer_settings_have_every_field():
 # Progress -----------------------------------------------------------------------------------------
 
 
-def test_a_log_gets_a_line_for_rows_and_one_a_minute_without(capsys, monkeypatch):
-    now = 100.0
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
-    display = progress.Display("2/3 hessian")
-    for now, row in [  # noqa: B007
-        (101, {}),
-        (102, dict(ratio=0.5)),
-        (105, dict(ratio=0.6)),
-        (161, {}),
-        (163, {}),
-        (164, {}),
-    ]:
-        display.show(0.25, [row] if row else [])
-    assert capsys.readouterr().err.splitlines() == [
-        "2/3 hessian: 25% ratio=0.5",
-        "2/3 hessian: 25%",
-    ]
-
-
 def test_accuracy_by_chance_is_that_of_the_largest_class():
     images = np.zeros((4, 2, 2, 1), np.uint8)
     known = data.Split(images, np.array([0, 1, 1, 1], np.int32))

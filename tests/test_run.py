@@ -44,7 +44,8 @@ def get_config():
 
 def command_of(workdir, arguments, config):
     where = [] if workdir is None else ["--workdir", str(workdir)]
-    return [sys.executable, "-m", "sparsity_jax.run", "--config", str(config), *where, *arguments]
+    of = [] if config is None else ["--config", str(config)]
+    return [sys.executable, "-m", "sparsity_jax.run", *of, *where, *arguments]
 
 
 def start(workdir, *arguments, config="configs/quickstart.py"):
@@ -112,7 +113,11 @@ def whole(tmp_path_factory, with_lanczos):
 def test_the_quick_start_ends_with_a_report(whole):
     workdir, printed = whole
     assert f"report: {workdir / 'report.html'}" in printed
-    assert "1/7 fit_sfw: done in" in printed  # plain lines where there is no terminal
+    # whole lines where there is no terminal
+    assert "\r" not in printed
+    assert printed.count("\n1/7 fit_sfw: ") + printed.startswith("1/7 fit_sfw: ") == 3 + 1
+    assert "images/s\n1/7 fit_sfw: done in" in printed
+    assert "largest within 1 point %" in printed  # the summary of the page
     assert "Traceback" not in printed
     assert "Warning" not in printed
     page = (workdir / "report.html").read_text(encoding="utf-8")
@@ -206,7 +211,8 @@ def command(monkeypatch):
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
 
     def call(workdir, *arguments, config="configs/quickstart.py"):
-        monkeypatch.setattr(sys, "argv", command_of(workdir, arguments, ROOT / config)[2:])
+        place = ROOT / config if config and "/" in config else config
+        monkeypatch.setattr(sys, "argv", command_of(workdir, arguments, place)[2:])
         with flagsaver.flagsaver(), warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # how config files are loaded
             run.main(run.parse(sys.argv))
@@ -219,6 +225,26 @@ def test_describe_prints_what_can_be_set_and_runs_nothing(command, capsys):
     printed = capsys.readouterr().out
     assert "config.fit_sfw, kind 'train'\n    Trains the network." in printed
     assert "\n  epochs: int >= 1 and <= 2147483647; no default, here 7\n" in printed
+
+
+@pytest.mark.parametrize(("kind", "heads"), [("", ["configs", "variants"]), ("data", ["data"])])
+def test_list_prints_names_and_runs_nothing(kind, heads, monkeypatch, capsys):
+    """In the place of a config and a workdir."""
+    monkeypatch.setattr(sys, "argv", ["run", "--list", *([kind] if kind else [])])
+    with flagsaver.flagsaver():
+        run.main(run.parse(sys.argv))
+    printed = capsys.readouterr().out
+    assert printed.startswith(heads[0])
+    assert set(heads) <= set(printed.splitlines())
+
+
+def test_a_config_of_the_library_goes_by_name_in_any_folder(command, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    command(None, "--describe", config="toy_cnn:mlp")
+    assert "'mlp'" in capsys.readouterr().out
+    (tmp_path / "toy_cnn").write_text((ROOT / "configs" / "quickstart.py").read_text())
+    command(None, "--describe", config="toy_cnn")  # a file goes first
+    assert "fit_sfw" in capsys.readouterr().out
 
 
 def test_any_field_of_any_config_is_swept_on_the_command_line(monkeypatch):
@@ -245,14 +271,22 @@ MISTAKES = {  # workdir, arguments, words of the message
         "a",
         [],
         dict(config="configs/quikstart.py"),
-        ["configs/quikstart.py, which is not there"],
+        ["configs/quikstart.py', which is neither a file nor", "configs/quickstart.py'?"],
     ),
     "file without its ending": (
         "a",
         [],
         dict(config="configs/quickstart"),
-        ["which is not there. Did you mean ", "configs/quickstart.py?"],
+        ["configs/quickstart', which is neither", "configs/quickstart.py'?"],
     ),
+    "missing config": ("a", [], dict(config=None), ["--config is missing", "quickstart, sfw"]),
+    "unknown name": (
+        "a",
+        [],
+        dict(config="quikstart"),
+        ["'quikstart'", "greg, quickstart", "Did you mean 'quickstart'?"],
+    ),
+    "wrong variant of a name": ("a", [], dict(config="toy_cnn:mpl"), ["Did you mean 'mlp'?"]),
     "missing workdir": (None, [], {}, ["--workdir is missing"]),
     "empty workdir": ("", [], {}, ["--workdir is empty"]),
     "workdir that is a file": (

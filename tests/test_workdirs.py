@@ -298,11 +298,6 @@ def test_an_unfinished_run_goes_on_with_its_own_version(whole, tmp_path):
         pipeline.run(CONFIG, place)
 
 
-def test_the_version_is_that_of_the_package():
-    text = pathlib.Path(sparsity_jax.__file__).parents[1].joinpath("setup.py").read_text()
-    assert f'version="{sparsity_jax.__version__}"' in text
-
-
 def test_a_file_that_came_into_a_sealed_folder_is_damage(tmp_path):
     (tmp_path / "known").write_text("1", encoding="utf-8")
     intact.seal(tmp_path)

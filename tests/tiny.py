@@ -33,6 +33,7 @@ from sparsity_jax import (
 from sparsity_jax.report import draw
 
 WRITE = report.write
+SUMMARY = report.summary_of
 BUILD = pipeline.build
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 POLYTOPE = tables.options(polytopes.SETS, "k_sparse", k_frac=0.2)
@@ -143,6 +144,7 @@ def jitted_once(function):
 def pages(drawn: bool):
     """Runs inside draw their reports, which take longer than they do, or none."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "summary_of", SUMMARY if drawn else lambda *_: "")
         patch.setattr(report, "write", WRITE if drawn else lambda workdir, *_, **__: workdir)
         yield
 

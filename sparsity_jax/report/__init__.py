@@ -29,6 +29,7 @@ __all__ = [
     "plain",
     "read_environment",
     "read_rows",
+    "summary_of",
     "write",
     "write_environment",
 ]
@@ -52,3 +53,10 @@ def write(
     from sparsity_jax.report import page  # imports pandas and matplotlib, which takes a second
 
     return page.write(workdir, config, rows, title=title, environment=environment)
+
+
+def summary_of(config: Fields, rows: Rows, environment: Fields | None = None) -> str:
+    """The summary table of the page as text, as wide as the terminal; "" without one."""
+    from sparsity_jax.report import text  # imports pandas, which takes a second
+
+    return text.summary_of(config, rows, environment)
