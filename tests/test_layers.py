@@ -117,8 +117,14 @@ FOLDERS = {
         "__init__",
     ),
     "polytopes": ("inside", "ksparse", "balls", "sets", "__init__"),
-    "optim": ("rates", "schedules", "steps", "adagrad", "penalties", "recipe", "__init__"),
-    "models": ("layers", "mlp", "convolutions", "cnn", "resnet", "vgg", "mobilenet", "__init__"),
+    "optim": (
+        *("rates", "schedules", "steps", "adagrad", "from_optax", "penalties", "recipe"),
+        "__init__",
+    ),
+    "models": (
+        *("frameworks", "layers", "mlp", "convolutions", "cnn", "resnet", "vgg", "mobilenet"),
+        "__init__",
+    ),
     "report": (
         *("files", "rows", "events", "runs", "sections", "series", "raw", "draw", "summary"),
         *("pruning", "training", "growth", "channels", "limits", "page", "__init__", "__main__"),

@@ -2480,6 +2480,26 @@ MUTATIONS = (
         "test_unstack.py",
         "layers_lose and linen",
     ),
+    Mutation(
+        760,
+        "constraint",
+        "optimizers of optax leave their feasible sets",
+        "optim/from_optax.py",
+        "return steps.within_sets(_at_rate(make, learning_rate, chosen), sets)",
+        "return _at_rate(make, learning_rate, chosen)",
+        "test_from_optax.py",
+        "sets_act",
+    ),
+    Mutation(
+        761,
+        "state",
+        "the schedule of an optimizer of optax stays at its first step",
+        "optim/from_optax.py",
+        "return updates, (rated, inner)",
+        "return updates, (states[0], inner)",
+        "test_from_optax.py",
+        "schedules",
+    ),
 )
 
 
