@@ -39,7 +39,10 @@ def register(what: str, name: str, entry: Any) -> None:
 
     stage: a class of options that derives from `interface.Stage`, decorated by `tables.option`.
     model: `entry(num_classes, settings, *, options...)` gives a Flax Linen module, called as
-        module(images, train).
+        module(images, train); or a function of a key that makes a Flax NNX module, called as
+        module(images), or an Equinox module, called as module(image), with state and key where it
+        has them; or a pair of functions, init(key, images), variables `{"params": ...,
+        "batch_stats": ...}`, and apply(variables, images, train, key), logits and batch_stats.
     data: `entry(train_split, test_split)` gives a `sources.Opened`, for instance by
         `sources.of_arrays`.
     augmentation: `entry(key, images)` of a uint8 batch.
