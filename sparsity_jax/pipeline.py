@@ -15,6 +15,7 @@ from sparsity_jax import (
     checkpoint,
     finished,
     interface,
+    kept,
     lock,
     platforms,
     stages,
@@ -119,6 +120,7 @@ class Run(NamedTuple):
 
     plan: Plan
     problem: Problem
+    workdir: Path
     saved: checkpoint.Checkpoints
     writer: Writer
     rows: Rows
@@ -153,6 +155,14 @@ class Run(NamedTuple):
             return state, Progress(position, True, rows)
         return self.plan.after(state, position), Progress(position + 1, False, rows)
 
+    def keep(self, state: State, position: int) -> None:
+        """Keeps the network of the stage at `position` if the next one belongs to another."""
+        config = self.plan.members[0].config
+        label = arm_of(config, position)
+        is_last = position + 1 == len(self.plan.pipeline)
+        if not is_last and arm_of(config, position + 1) != label:
+            kept.save(self.workdir, state, label, position, self.plan.common["keep_networks"])
+
 
 def _run_plan(
     plan: Plan, problem: Problem, workdir: Path, config: Config, still_mine: Callable[[], None]
@@ -173,7 +183,7 @@ def _run_plan(
         stages.check_weights(problem, state)
     saved = checkpoint.Checkpoints(workdir, config, found, still_mine)
     with contextlib.closing(saved), Writer(workdir, progress.rows) as writer:
-        run = Run(plan, problem, saved, writer, progress.rows, origin)
+        run = Run(plan, problem, workdir, saved, writer, progress.rows, origin)
         if found:
             stage_number = min(progress.stage + 1, len(plan.pipeline))
             say(f"continuing {workdir} in stage {stage_number} of {len(plan.pipeline)}")
@@ -223,6 +233,7 @@ def _run_stage(run: Run, state: State, position: int, begun: bool) -> State:
         with train.naming("at its end"):
             stages.check_weights(run.problem, state)
         state, progress = run.reached(state, position, 1.0)
+        run.keep(state, position)
         run.saved.save(state, progress)
     return state
 

@@ -67,6 +67,7 @@ RUNS = (
         "compilation",
         "checkpoint",
         "stored",
+        "kept",
         "lock",
         "imports",
         "report",
