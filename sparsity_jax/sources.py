@@ -22,6 +22,8 @@ __all__ = [
     "Source",
     "UnreadableError",
     "array_of",
+    "arrays_source",
+    "as_decoded",
     "check_colour",
     "check_label",
     "of_arrays",
@@ -92,24 +94,33 @@ def check_colour(image: ndarray, channels: int, name: str) -> None:
 
 
 def of_arrays(train: Arrays, test: Arrays, num_classes: int) -> Opened:
-    """Pairs of images, uint8 [N, H, W] or [N, H, W, C], and labels, integers [N], as a set; C is 1
-    or 3.
+    """Pairs of images, uint8 [N, H, W] or [N, H, W, C], and labels, integers [N], as a set; C is 1,
+    or 3 for RGB.
     """
     images, labels = train
     channels = 1 if images.ndim == 3 else images.shape[-1]
-    first = _arrays_source(len(labels), lambda: train)
-    second = _arrays_source(len(test[1]), lambda: test)
+    first = arrays_source(len(labels), lambda: train)
+    second = arrays_source(len(test[1]), lambda: test)
     return Opened(first, second, num_classes, channels)
 
 
-def _arrays_source(size: int, load: Callable[[], Arrays], what: str = "image") -> Source:
-    """Pairs of `load()`, the arrays, which are made when they are needed."""
+def arrays_source(size: int, load: Callable[[], Arrays], what: str = "image") -> Source:
+    """Pairs of `load()`, the arrays in RGB, which are made when they are needed."""
 
     def read(indices: Sequence[int]) -> Pairs:
         images, labels = load()
-        return [(images[i], int(labels[i])) for i in indices]
+        return [(as_decoded(images[i]), int(labels[i])) for i in indices]
 
     return Source(size, read, lambda i: f"{what} {i}")
+
+
+def as_decoded(image: ndarray) -> ndarray:
+    """A grey [H, W] or [H, W, 1] or RGB image as a decoder gives it: [H, W] or BGR."""
+    if image.ndim == 3 and image.shape[-1] == 1:
+        return image[..., 0]
+    if image.ndim == 3:
+        return image[..., ::-1]
+    return image
 
 
 def open_digits(train_split: str, test_split: str) -> Opened:
@@ -118,8 +129,8 @@ def open_digits(train_split: str, test_split: str) -> Opened:
         raise ConfigError(
             f"'digits' has the splits 'train' and 'test', not {train_split!r} and {test_split!r}."
         )
-    train = _arrays_source(1437, lambda: read_digits()[0], "digit")
-    test = _arrays_source(360, lambda: read_digits()[1], "digit")
+    train = arrays_source(1437, lambda: read_digits()[0], "digit")
+    test = arrays_source(360, lambda: read_digits()[1], "digit")
     return Opened(train, test, num_classes=10, channels=1)
 
 

@@ -25,6 +25,7 @@ NUMERICS = (
         "pixels",
         "decoding",
         "sources",
+        "feeds",
         "folders",
         "prepared",
         "masks",

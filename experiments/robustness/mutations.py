@@ -2580,6 +2580,26 @@ MUTATIONS = (
         "test_kept.py",
         "opened_by_its_label",
     ),
+    Mutation(
+        770,
+        "colour",
+        "arrays that somebody gives in RGB are taken as BGR",
+        "sources.py",
+        "return image[..., ::-1]",
+        "return image",
+        "test_feeds.py",
+        "same_set and arrays",
+    ),
+    Mutation(
+        771,
+        "shape",
+        "examples that come one by one lose the axis of the batch",
+        "feeds.py",
+        "if labels.ndim == 0:",
+        "if False:",
+        "test_feeds.py",
+        "same_set",
+    ),
 )
 
 
