@@ -162,7 +162,8 @@ def open_run(
         raise ConfigError(
             f"{workdir} has no checkpoint: its run has saved nothing yet; start it once more."
         )
-    problem = build(config, data_dir=data_dir, data_name=data_name, statistics=statistics)
+    with imports.telling_files(whole):
+        problem = build(config, data_dir=data_dir, data_name=data_name, statistics=statistics)
     hint = " --data needs the run's classes and image size." if data_name else ""
     networks = []
     labels: dict[str, None] = {}

@@ -6,9 +6,12 @@ your config loads.
     extend.register("loss", "hinge", hinge)
 
 `register` says what each kind of thing is. A config loads the file with `load`; `report` and
-`evaluate` import nothing that a workdir names, so they are given it: `--import FILE`.
+`evaluate` import nothing that a workdir names, so they are given it: `--import FILE`. A workdir
+remembers which file that was.
 """
 
+import os
+import sys
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -67,3 +70,5 @@ def register(what: str, name: str, entry: Any) -> None:
         says = "what `interface.Stage.run` says"
         raise ConfigError(f"{entry.__name__}.run", why="is missing", allowed=says)
     table[name] = entry
+    file = sys._getframe(1).f_code.co_filename  # of the caller
+    imports.REGISTERED.setdefault(what, {})[name] = os.path.abspath(file)

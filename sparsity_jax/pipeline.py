@@ -14,6 +14,7 @@ from sparsity_jax import (
     ancestry,
     checkpoint,
     finished,
+    imports,
     interface,
     kept,
     lock,
@@ -82,7 +83,8 @@ def run(
             return Outcome(*finished.write_again(workdir, config, snapshots))
     use_deterministic(config.get("deterministic", False))
     use_platform(config.get("platform", "default"))
-    plans = check(config)
+    with imports.telling_files(workdir):
+        plans = check(config)
     workdirs.refuse_other(workdir, config)
     lock.refuse(workdir, stale_seconds=lock_seconds)
     with enough_memory_for("config.data", None, plans[0].common):
@@ -92,6 +94,7 @@ def run(
     own_devices = platforms.using(platforms.own())
     with workdirs.naming(workdir), held as still_mine, precision, own_devices:
         workdirs.claim(workdir, config)
+        imports.remember(workdir)
         tell_environment(problem, workdir, command)
         diverged: list[str] = []
 

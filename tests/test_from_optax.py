@@ -1,5 +1,7 @@
 """Optimizers of optax by name: options, numbers, schedules, penalties and sets."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -15,11 +17,12 @@ GRADS = jax.tree.map(jnp.cos, PARAMS)
 OWN = ("sfw", "adagrad_sfw", "sgd")
 
 
-def run(tx, steps: int = 3):
-    """The weights after some steps along the same gradients."""
+@functools.partial(jax.jit, static_argnums=0)
+def run(tx):
+    """The weights after some steps along the same gradients, and the optimizer's state."""
     state = tx.init(PARAMS)
     params = PARAMS
-    for _ in range(steps):
+    for _ in range(3):
         updates, state = tx.update(GRADS, state, params, value=jnp.ones(()))
         params = optax.apply_updates(params, updates)
     return params, state

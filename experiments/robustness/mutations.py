@@ -2600,6 +2600,16 @@ MUTATIONS = (
         "test_feeds.py",
         "same_set",
     ),
+    Mutation(
+        772,
+        "message",
+        "a run does not remember which file registered its names",
+        "imports.py",
+        "    if REGISTERED:\n",
+        "    if False:\n",
+        "test_extend.py",
+        "nothing_that_a_workdir_names",
+    ),
 )
 
 
