@@ -48,7 +48,7 @@ def register(what: str, name: str, entry: Any) -> None:
         "batch_stats": ...}`, and apply(variables, images, train, key), logits and batch_stats.
     data: `entry(train_split, test_split)` gives (train, test, number of classes); each of the two
         is a pair of arrays, images (uint8) and labels, a grain pipeline of examples or batches, or
-        an iterable of batches; or all of it is a `sources.Opened`.
+        an iterable of batches, or a `sources.in_epochs`; or all of it is a `sources.Opened`.
     augmentation: `entry(key, images)` of a uint8 batch.
     optimizer: `entry(learning_rate, sets, *, options...)` gives an optax transformation.
     schedule: `entry(learning_rate, epochs, steps_per_epoch, *, options...)` gives an `optim.Rate`.

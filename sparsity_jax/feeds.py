@@ -15,7 +15,8 @@ __all__ = ["ALLOWED", "opened"]
 
 ALLOWED = (
     "a `sources.Opened`, or (train, test, number of classes), where train and test are each a pair "
-    "of arrays (images, labels), a grain pipeline or an iterable of batches (images, labels)"
+    "of arrays (images, labels), a grain pipeline, an iterable of batches (images, labels), or a "
+    "`sources.in_epochs`"
 )
 _IMAGES = "uint8 [N, height, width] or with a last axis of 1 or 3, and an integer label for each"
 
@@ -38,6 +39,10 @@ def opened(made: Any, *, stream: bool) -> Opened:
 
 def _source(part: Any, split: str, stream: bool) -> Source:
     """One split. part: as a user gave it."""
+    if isinstance(part, Source):
+        if stream or part.epochs is None:
+            return part
+        part = part.epochs(0)
     if _has_examples(part):
         read = partial(_examples_at, part, split)
         return Source(len(part), read, lambda index: f"{split} image {index}")
@@ -48,8 +53,8 @@ def _source(part: Any, split: str, stream: bool) -> Source:
                 True,
                 why=f"but the {split} images come in a sequence, which a resumed run could not "
                 "enter in its middle",
-                allowed="a grain MapDataset of examples, or arrays; without stream the sequence is "
-                "read once into memory",
+                allowed="a grain MapDataset of examples, arrays, or sources.in_epochs(function of "
+                "the epoch, size); without stream the sequence is read once into memory",
             )
         part = _joined(part, split)
     images, labels = part

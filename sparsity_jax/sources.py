@@ -5,7 +5,8 @@ Here are sets of arrays, and the digits; `folders` and `prepared` open the other
 
 import functools
 import importlib.metadata
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +27,7 @@ __all__ = [
     "as_decoded",
     "check_colour",
     "check_label",
+    "in_epochs",
     "of_arrays",
     "open_digits",
     "read_digits",
@@ -42,11 +44,15 @@ class UnreadableError(ConfigError):
 
 
 class Source(NamedTuple):
-    """One split that is there but not decoded."""
+    """One split that is there but not decoded.
+
+    epochs: where it comes in an order of its own, the batches (images, labels) of epoch i.
+    """
 
     size: int
     read: Callable[[Sequence[int]], Pairs]  # of indices
     describe: Callable[[int], str]  # where item i comes from, for errors
+    epochs: Callable[[int], Iterable] | None = None
 
     def read_one(self, index: int) -> tuple[Any, int]:
         return self.read([index])[0]
@@ -112,6 +118,22 @@ def arrays_source(size: int, load: Callable[[], Arrays], what: str = "image") ->
         return [(as_decoded(images[i]), int(labels[i])) for i in indices]
 
     return Source(size, read, lambda i: f"{what} {i}")
+
+
+def in_epochs(batches: Callable[[int], Iterable], size: int) -> Source:
+    """A split of `size` images that comes in an order of its own: `batches(epoch)` gives pairs of
+    images, uint8 [B, H, W, C] in RGB, and labels [B].
+
+    The same epoch must give the same, then a run that is resumed goes on exactly.
+    """
+
+    def read(indices: Sequence[int]) -> Pairs:
+        first = max(indices, default=-1) + 1
+        pairs = ((image, label) for batch in batches(0) for image, label in zip(*batch))
+        there = dict(enumerate(itertools.islice(pairs, first)))
+        return [(as_decoded(there[i][0]), int(there[i][1])) for i in indices]
+
+    return Source(size, read, lambda index: f"image {index} of epoch 0", batches)
 
 
 def as_decoded(image: ndarray) -> ndarray:

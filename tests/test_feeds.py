@@ -1,5 +1,7 @@
 """Sets of one's own: the same images in every form give the same set."""
 
+import contextlib
+
 import grain
 import numpy as np
 import pytest
@@ -87,3 +89,56 @@ def test_a_function_that_gives_something_else_says_what_is_allowed(monkeypatch):
     monkeypatch.setitem(sources.SETS, "mine", lambda *_: (IMAGES, LABELS))
     with tiny.refused("name", "tuple", allowed="number of classes"):
         data.load(name="mine")
+
+
+def own_order(epoch: int):
+    """Batches of 5, 5 and 2 images, each epoch in another order."""
+    order = np.random.default_rng(epoch).permutation(12)
+    for part in (order[:5], order[5:10], order[10:]):
+        yield IMAGES[part], LABELS[part]
+
+
+def in_order(monkeypatch, size=12, **options):
+    part = sources.in_epochs(own_order, size)
+    monkeypatch.setitem(sources.SETS, "mine", lambda *_: (part, part, 3))
+    return data.load(name="mine", **options)
+
+
+def test_epochs_in_an_order_of_their_own_are_streamed_from_any_step_on(monkeypatch):
+    images = in_order(monkeypatch, stream=True, image_size=4).train.images
+    images = data.look_at(images)
+
+    def read(start):
+        reader = stream.train_batches(
+            images, [0], batch_size=4, epochs=2, start=start, put=lambda batch: batch
+        )
+        with contextlib.closing(reader) as batches:
+            return [np.concatenate([batch.images.ravel(), batch.labels]) for batch in batches]
+
+    whole = read(0)
+    expected = [np.random.default_rng(epoch).permutation(12) for epoch in (0, 1)]
+    pixels = [IMAGES[order[i : i + 4]].ravel() for order in expected for i in (0, 4, 8)]
+    assert_array_equal(np.stack(whole)[:, :-4], np.stack(pixels))
+    for start in (1, 3, 5):
+        assert_array_equal(np.stack(read(start)), np.stack(whole[start:]))
+    batches = [*stream.eval_batches(images, batch_size=5, put=lambda batch: batch)]
+    assert_array_equal(np.concatenate([batch.labels for batch in batches])[12:], [-1] * 3)
+    assert_array_equal(batches[1].images, IMAGES[expected[0][5:10]])
+    some = stream.examples(images, [7, 2])
+    assert_array_equal(some[0], IMAGES[expected[0][[7, 2]]])
+    assert_array_equal(some[1], LABELS[expected[0][[7, 2]]])
+
+
+def test_epochs_in_an_order_of_their_own_fit_in_memory_too(monkeypatch):
+    dataset = in_order(monkeypatch)
+    assert_array_equal(dataset.train.images, IMAGES[np.random.default_rng(0).permutation(12)])
+
+
+def test_epochs_that_are_not_as_told_are_refused(monkeypatch):
+    images = in_order(monkeypatch, size=16, stream=True, image_size=4).train.images
+    with tiny.refused("config.data.name", 12, allowed="16"):
+        list(stream.train_batches(images, [0], batch_size=4, epochs=1, put=lambda batch: batch))
+    with tiny.refused("image_size", 5, allowed="4x4"):
+        in_order(monkeypatch, stream=True, image_size=5)
+    with tiny.refused("train_limit or test_limit", 4):
+        in_order(monkeypatch, stream=True, image_size=4, train_limit=4)

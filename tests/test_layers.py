@@ -72,6 +72,7 @@ RUNS = (
         "lock",
         "imports",
         "report",
+        "sequences",
         "stream",
         "streaming",
         "interface",

@@ -2610,6 +2610,26 @@ MUTATIONS = (
         "test_extend.py",
         "nothing_that_a_workdir_names",
     ),
+    Mutation(
+        773,
+        "resume",
+        "a stream in an order of its own goes on at the beginning of its epoch",
+        "sequences.py",
+        "itertools.islice(batches, skipped, per_epoch)",
+        "itertools.islice(batches, 0, per_epoch - skipped)",
+        "test_feeds.py",
+        "any_step",
+    ),
+    Mutation(
+        774,
+        "resume",
+        "all epochs of a stream in an order of its own have the order of the first",
+        "sequences.py",
+        "batches = _batches_of(images, epoch, batch_size)",
+        "batches = _batches_of(images, 0, batch_size)",
+        "test_feeds.py",
+        "any_step",
+    ),
 )
 
 
