@@ -34,10 +34,13 @@ def evaluation(images: Stream, *, batch_size: int) -> Iterator[Arrays]:
     """All images of the first epoch in order; labels are -1 where the last batch is filled up."""
     read = 0
     for pixels, labels in _batches_of(images, 0, batch_size):
-        missing = batch_size - len(labels)
-        read += len(labels)
-        filled = np.pad(pixels, [(0, missing), *[(0, 0)] * 3])
-        yield filled, np.pad(labels, (0, missing), constant_values=-1)
+        count = len(labels)
+        read += count
+        filled = np.zeros((batch_size, *images.shape[1:]), np.uint8)
+        filled[:count] = pixels
+        counted = np.full(batch_size, -1, np.int32)
+        counted[:count] = labels
+        yield filled, counted
     _check_number(read, images.shape[0], 0)
 
 
@@ -46,11 +49,15 @@ def chosen(images: Stream, indices: Sequence[int]) -> Arrays:
     places = {index: place for place, index in enumerate(indices)}
     pixels = np.zeros((len(indices), *images.shape[1:]), np.uint8)
     labels = np.zeros(len(indices), np.int32)
-    singles = _batches_of(images, 0, 1)
-    for index, (image, label) in enumerate(itertools.islice(singles, max(places, default=-1) + 1)):
+    left = len(indices)
+    for index, (image, label) in enumerate(_batches_of(images, 0, 1)):
+        if not left:
+            break
         if index in places:
-            pixels[places[index]] = image[0]
-            labels[places[index]] = label[0]
+            place = places[index]
+            pixels[place] = image[0]
+            labels[place] = label[0]
+            left -= 1
     return pixels, labels
 
 
@@ -67,25 +74,31 @@ def _check_number(read: int, wanted: int, epoch: int) -> None:
 
 def _batches_of(images: Stream, epoch: int, size: int) -> Iterator[Arrays]:
     """An epoch in batches of `size`, whatever the sizes of its own; the last one may be smaller."""
-    assert images.source.epochs is not None
-    waiting: list[Arrays] = []
-    for pixels, labels in images.source.epochs(epoch):
-        waiting.append(_checked(images, pixels, labels))
-        joined = [np.concatenate(arrays) for arrays in zip(*waiting, strict=True)]
-        whole = len(joined[1]) // size * size
-        for start in range(0, whole, size):
-            yield joined[0][start : start + size], joined[1][start : start + size]
-        waiting = [(joined[0][whole:], joined[1][whole:])]
-    if waiting and len(waiting[0][1]):
-        yield waiting[0]
+    epochs = images.source.epochs
+    assert epochs is not None
+    pixels = np.zeros((0, *images.shape[1:]), np.uint8)
+    labels = np.zeros(0, np.int32)
+    for batch in epochs(epoch):
+        more_pixels, more_labels = _checked(images, *batch)
+        pixels = np.concatenate([pixels, more_pixels])
+        labels = np.concatenate([labels, more_labels])
+        while len(labels) >= size:
+            yield pixels[:size], labels[:size]
+            pixels = pixels[size:]
+            labels = labels[size:]
+    if len(labels):
+        yield pixels, labels
 
 
 def _checked(images: Stream, pixels: Any, labels: Any) -> Arrays:
     """One batch of the user's; raises ConfigError for images of another shape or type."""
     pixels = np.asarray(pixels)
-    shape = (-1, *images.shape[1:])
-    if pixels.dtype != np.uint8 or pixels[:1].size != np.prod(shape[1:]):
+    labels = np.asarray(labels, np.int32)
+    each = images.shape[1:]
+    shape = (len(labels), *each)
+    if pixels.dtype != np.uint8 or pixels.size != np.prod(shape):
         given = f"{pixels.dtype} {[*pixels.shape]}"
-        allowed = f"uint8 {[*images.shape[1:]]} each, as the first one and config.data.image_size"
-        raise ConfigError("config.data.name", given, why="a batch of images", allowed=allowed)
-    return pixels.reshape(shape), np.asarray(labels, np.int32)
+        why = f"a batch of images with {len(labels)} labels"
+        allowed = f"uint8 {[*each]} for each label, as the first image is"
+        raise ConfigError("config.data.name", given, why=why, allowed=allowed)
+    return pixels.reshape(shape), labels

@@ -1,6 +1,7 @@
 """Sets of one's own: the same images in every form give the same set."""
 
 import contextlib
+import dataclasses
 
 import grain
 import numpy as np
@@ -142,3 +143,8 @@ def test_epochs_that_are_not_as_told_are_refused(monkeypatch):
         in_order(monkeypatch, stream=True, image_size=5)
     with tiny.refused("train_limit or test_limit", 4):
         in_order(monkeypatch, stream=True, image_size=4, train_limit=4)
+    images = in_order(monkeypatch, stream=True, image_size=4).train.images
+    short = images.source._replace(epochs=lambda epoch: [(IMAGES, LABELS[:5])])
+    images = dataclasses.replace(images, source=short)
+    with tiny.refused("config.data.name", "uint8 [12, 4, 4, 3]"):
+        list(stream.eval_batches(images, batch_size=4, put=lambda batch: batch))
