@@ -26,6 +26,9 @@ _NEED_MORE = (  # than gradients, weights and the loss, or weights other than th
     "optimistic_adam",  # deprecated
 )
 _PLAIN = (bool, int, float)
+_ARGUMENTS = re.compile(  # behind the learning rate
+    r"^Args:\n(?:  learning_rate:.*\n(?:    .*\n)*)?((?: .*\n?|\n)*)", re.MULTILINE
+)
 
 
 def optimizers() -> dict[str, Callable]:
@@ -110,8 +113,8 @@ def _is_number(annotation: Any) -> bool:
 
 
 def _told(make: Callable) -> str:
-    """The first sentence of optax's docstring, and what that says of the options."""
+    """The first sentence of optax's docstring, and what that says of the options but the rate."""
     text = inspect.cleandoc(make.__doc__ or "")
     summary = text.partition("\n\n")[0]
-    arguments = re.search(r"^Args:\n(.*?)(?=^\S|\Z)", text, re.MULTILINE | re.DOTALL)
+    arguments = _ARGUMENTS.search(text)
     return f"{summary}\n\n{arguments[1] if arguments else ''}"
