@@ -134,9 +134,10 @@ def open_run(
     """Network, data and newest checkpoint of the run in `workdir`, which may also be one
     `member_...` folder of it.
 
-    label: of the trained networks that are opened, one of `Saved.labels`; by default those that
-    the run made last. data_dir: where prepared sets are on this machine, instead of
-    config.data.data_dir. data_name: another set with the same classes, e.g. `folder:PATH`.
+    label: of the trained networks that are opened, one of `Saved.labels` or how one alone of them
+    begins; by default those that the run made last. data_dir: where prepared sets are on this
+    machine, instead of config.data.data_dir. data_name: another set with the same classes, e.g.
+    `folder:PATH`.
     statistics: mean and std of its images are those of the "run", as the network was trained, for
     which the run's train images are read again where they are not published; or those of the other
     "data". Stages are not checked, so a run that started from another one can be evaluated without
@@ -177,7 +178,8 @@ def open_run(
         labels |= dict.fromkeys(opened.labels)
         saved |= {*own}
     if not networks:
-        raise ConfigError("label", label, known=labels)
+        allowed = ", ".join(map(repr, labels))
+        raise ConfigError("label", label, allowed=allowed, known=labels)
     expected = saved if whole != workdir else range(len(swept_values))
     missing = [member for member in expected if member not in saved]
     return Saved(config, problem, networks, missing, tuple(labels))
@@ -200,6 +202,7 @@ def _networks_of(
     last = label_of(config, snapshot.progress)
     labels = {number: swept.get("arm") or last for number, swept in swept_of.items()}
     known = [*(name for name in older if name not in labels.values()), *labels.values()]
+    label = _whole_label(label, known)
     if label in older and label not in labels.values():
         states = _states_in(f"{older[label].file}", kept.arrays(older[label]), problem, hint)
         labels = dict.fromkeys(swept_of, label)
@@ -217,6 +220,14 @@ def _networks_of(
         if label in ("", labels[number]):
             networks.append(Network(number, swept, place, state, labels[number]))
     return Saved(config, problem, networks, [], known)
+
+
+def _whole_label(start: str, labels: Sequence[str]) -> str:
+    """The one label that begins so; `start` itself if it is one, or begins none or several."""
+    longer = {label for label in labels if label.startswith(start)}
+    if start and start not in labels and len(longer) == 1:
+        return longer.pop()
+    return start
 
 
 def _read_config(workdir: pathlib.Path) -> Fields:
@@ -626,7 +637,8 @@ def _check_writable(file: AnyPath) -> None:
 _OPTIONS: dict[str, Fields] = {  # of the command line
     "workdir": dict(required=True, help="folder of the run, or of one of its members"),
     "label": dict(
-        default="", help="of the trained networks that are meant; by default the one made last"
+        default="",
+        help="of the trained networks that are meant, or how it begins; by default the last ones",
     ),
     "train": dict(action="store_true", help="accuracy and loss on the train set too"),
     "latency": dict(action="store_true", help="measure the time of a batch, dense against compact"),
@@ -725,7 +737,7 @@ def _answer(options: argparse.Namespace) -> Iterator[str]:
 def _remarks(saved: Saved, options: argparse.Namespace) -> Iterator[str]:
     """What else there is to say about the networks that were measured."""
     if len(saved.labels) > 1:
-        yield f"\nnetworks of this run, for --label: {', '.join(saved.labels)}"
+        yield f"\nnetworks of this run, for --label: {', '.join(map(repr, saved.labels))}"
     if options.data:
         whose = "the train set of the run" if options.statistics == "run" else options.data
         yield f"\nmean and std of the images are those of {whose}"

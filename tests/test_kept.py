@@ -60,6 +60,7 @@ def test_each_network_is_opened_by_its_label(whole):
     assert (
         evaluate.open_run(workdir, label="first").networks[0].progress == "after stage 2 of 4 (cut)"
     )
+    assert {one.label for one in evaluate.open_run(workdir, label="se").networks} == {"second"}
     with tiny.refused("label", "frist", closest="first"):
         evaluate.open_run(workdir, label="frist")
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(states[0].params))
@@ -70,7 +71,7 @@ def test_the_command_line_says_which_network_it_measures(whole, capsys):
     evaluate.main(["--workdir", str(whole[0]), "--label", "first"])
     told = capsys.readouterr().out
     assert "mlp on digits, first, member 1 (seed=1): after stage 2 of 4 (cut)" in told
-    assert "networks of this run, for --label: first, second, third" in told
+    assert "networks of this run, for --label: 'first', 'second', 'third'" in told
 
 
 def test_a_damaged_network_is_refused_by_name(whole, tmp_path):

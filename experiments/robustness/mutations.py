@@ -2630,6 +2630,16 @@ MUTATIONS = (
         "test_feeds.py",
         "any_step",
     ),
+    Mutation(
+        775,
+        "name",
+        "the beginning of a label stands for none of the kept networks",
+        "evaluate.py",
+        "if start and start not in labels and len(longer) == 1:",
+        "if False:",
+        "test_kept.py",
+        "opened_by_its_label",
+    ),
 )
 
 
