@@ -36,6 +36,7 @@ from sparsity_jax import (
     data,
     imports,
     intact,
+    kept,
     members,
     models,
     pipeline,
@@ -61,7 +62,7 @@ from sparsity_jax.export import (
 from sparsity_jax.precision import computed
 from sparsity_jax.tables import ConfigError
 from sparsity_jax.train import Problem, State
-from sparsity_jax.types import AnyPath, Config, Fields, PyTree, Row, Rows
+from sparsity_jax.types import AnyPath, Config, Fields, PyTree, Row, Rows, Shape
 
 __all__ = [
     "Network",
@@ -97,8 +98,8 @@ _MORE_MEMORY = (
 class Network(NamedTuple):
     """One member of a run.
 
-    swept: its values of a sweep; progress: how far its run is; state: without optimizer; label:
-    name of the training whose network the checkpoint holds, the last one of several in a run.
+    swept: its values of a sweep; progress: how far its run is, or was when it kept this network;
+    state: without optimizer; label: name of the training that made it.
     """
 
     member: int
@@ -109,26 +110,39 @@ class Network(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """A run as its newest checkpoints have it. missing: members that have saved nothing yet."""
+    """A run as its newest checkpoints have it, or its kept networks of one label.
+
+    missing: members that have saved nothing yet. labels: of all networks that can be opened, the
+    last one's at the end.
+    """
 
     config: Fields
     problem: Problem  # of one member: no leading axis
     networks: list[Network]
     missing: list[int]
+    labels: Sequence[str] = ()
 
 
 def open_run(
-    workdir: AnyPath, *, data_dir: str = "", data_name: str = "", statistics: Statistics = "run"
+    workdir: AnyPath,
+    *,
+    data_dir: str = "",
+    data_name: str = "",
+    statistics: Statistics = "run",
+    label: str = "",
 ) -> Saved:
     """Network, data and newest checkpoint of the run in `workdir`, which may also be one
     `member_...` folder of it.
 
-    data_dir: where prepared sets are on this machine, instead of config.data.data_dir. data_name:
-    another set with the same classes, e.g. `folder:PATH`. statistics: mean and std of its images
-    are those of the "run", as the network was trained, for which the run's train images are read
-    again where they are not published; or those of the other "data". Stages are not checked, so a
-    run that started from another one can be evaluated without it. Raises ConfigError for a folder
-    without a run or checkpoint, and for a checkpoint of another network.
+    label: of the trained networks that are opened, one of `Saved.labels` or how one alone of them
+    begins; by default those that the run made last. data_dir: where prepared sets are on this
+    machine, instead of config.data.data_dir. data_name: another set with the same classes, e.g.
+    `folder:PATH`.
+    statistics: mean and std of its images are those of the "run", as the network was trained, for
+    which the run's train images are read again where they are not published; or those of the other
+    "data". Stages are not checked, so a run that started from another one can be evaluated without
+    it. Raises ConfigError for a folder without a run or checkpoint, a checkpoint of another
+    network, and an unknown label.
     """
     workdir = pathlib.Path(workdir)
     config = _read_config(workdir)
@@ -149,24 +163,71 @@ def open_run(
         raise ConfigError(
             f"{workdir} has no checkpoint: its run has saved nothing yet; start it once more."
         )
-    problem = build(config, data_dir=data_dir, data_name=data_name, statistics=statistics)
+    with imports.telling_files(whole):
+        problem = build(config, data_dir=data_dir, data_name=data_name, statistics=statistics)
     hint = " --data needs the run's classes and image size." if data_name else ""
     networks = []
+    labels: dict[str, None] = {}
+    saved = set()
     for number, snapshot in snapshots.items():
-        states, progress = restore(snapshot, problem, hint)
-        own = swept_values[number : number + 1] if folders else swept_values
-        if len(states) != len(own):
-            raise ConfigError(
-                f"{workdir}: config.json makes {len(own)} networks, the checkpoint has "
-                f"{len(states)}. Was config.json edited?"
-            )
-        place = _told(config, progress)
-        for member, (swept, state) in enumerate(zip(own, states), start=number):
-            label = swept.get("arm") or label_of(config, progress)
-            networks.append(Network(member, swept, place, state, label))
-    saved = {network.member for network in networks}
+        own = dict(enumerate(swept_values))
+        if folders:
+            own = {number: swept_values[number]}
+        opened = _networks_of(snapshot, config, problem, own, label, hint)
+        networks += opened.networks
+        labels |= dict.fromkeys(opened.labels)
+        saved |= {*own}
+    if not networks:
+        allowed = ", ".join(map(repr, labels))
+        raise ConfigError("label", label, allowed=allowed, known=labels)
     expected = saved if whole != workdir else range(len(swept_values))
-    return Saved(config, problem, networks, [member for member in expected if member not in saved])
+    missing = [member for member in expected if member not in saved]
+    return Saved(config, problem, networks, missing, tuple(labels))
+
+
+def _networks_of(
+    snapshot: workdirs.Snapshot,
+    config: Fields,
+    problem: Problem,
+    swept_of: dict[int, Fields],
+    label: str,
+    hint: str,
+) -> Saved:
+    """The networks of this label of the run of a checkpoint, none of an unknown one; by default
+    those of the checkpoint itself. swept_of: what is swept, by member.
+    """
+    workdir = snapshot.workdir
+    older = kept.networks(workdir)
+    states: list[State] | None = None
+    last = label_of(config, snapshot.progress)
+    labels = {number: swept.get("arm") or last for number, swept in swept_of.items()}
+    known = [*(name for name in older if name not in labels.values()), *labels.values()]
+    label = _whole_label(label, known)
+    if label in older and label not in labels.values():
+        states = _states_in(f"{older[label].file}", kept.arrays(older[label]), problem, hint)
+        labels = dict.fromkeys(swept_of, label)
+        place = _told(config, older[label].position, "after")
+    else:
+        states, progress = restore(snapshot, problem, hint)
+        place = _told(config, progress.stage, "in")
+    if len(states) != len(swept_of):
+        raise ConfigError(
+            f"{workdir}: config.json makes {len(swept_of)} networks, the checkpoint has "
+            f"{len(states)}. Was config.json edited?"
+        )
+    networks = []
+    for (number, swept), state in zip(swept_of.items(), states):
+        if label in ("", labels[number]):
+            networks.append(Network(number, swept, place, state, labels[number]))
+    return Saved(config, problem, networks, [], known)
+
+
+def _whole_label(start: str, labels: Sequence[str]) -> str:
+    """The one label that begins so; `start` itself if it is one, or begins none or several."""
+    longer = {label for label in labels if label.startswith(start)}
+    if start and start not in labels and len(longer) == 1:
+        return longer.pop()
+    return start
 
 
 def _read_config(workdir: pathlib.Path) -> Fields:
@@ -241,13 +302,12 @@ def _statistics_of_run(options: Config, dataset: data.Dataset) -> data.Normaliza
     return data.Normalization(trained_on.mean, trained_on.std)
 
 
-def _told(config: Config, progress: workdirs.Progress) -> str:
-    """How far a run is."""
+def _told(config: Config, index: int, where: str) -> str:
+    """How far a run is. where: "in" the stage of this index or "after" it."""
     names = config["pipeline"]
-    index = progress.stage
     if index >= len(names):
         return "finished"
-    return f"in stage {index + 1} of {len(names)} ({names[index]})"
+    return f"{where} stage {index + 1} of {len(names)} ({names[index]})"
 
 
 def label_of(config: Config, progress: workdirs.Progress) -> str:
@@ -266,15 +326,29 @@ def restore(
     ConfigError.
     """
     workdir = snapshot.workdir
-    with building.making_network(f"{workdir}: the network of config.model"):
-        variables = problem.shapes()
     try:
-        arrays = _read_arrays(snapshot, variables, hint)
+        with checkpoint.reading(snapshot):
+            shapes = stored.shapes(snapshot)
+            _check_shapes(f"{workdir}: the checkpoint", shapes, problem, hint)
+            arrays = stored.arrays(snapshot)
     except intact.DamagedError:
         later = workdirs.newest(workdir)
         if later is None or later.folder == snapshot.folder:
             raise
         return restore(later, problem, hint)
+    return _states_of(arrays, problem), snapshot.progress
+
+
+def _states_in(what: str, arrays: Fields, problem: Problem, hint: str) -> list[State]:
+    """The state of each member, from the arrays of a kept network by path. what: it is."""
+    shapes = {path: leaf.shape for path, leaf in arrays.items()}
+    _check_shapes(what, shapes, problem, hint)
+    return _states_of(arrays, problem)
+
+
+def _states_of(arrays: Fields, problem: Problem) -> list[State]:
+    """The state of each member, of all arrays by path."""
+    variables = problem.shapes()
     parts = {**variables, "masks": variables["params"]}
     parts = trees.map_named(lambda path, _: arrays[path], parts)
     parts |= dict(step=arrays["step"], key=arrays["key"])
@@ -283,21 +357,19 @@ def restore(
         numbers = range(len(parts["step"]))
         slices = [jax.tree.map(lambda leaf, i=i: leaf[i], parts) for i in numbers]
     metrics = train.no_metrics()
-    return [State(**own, opt_state=(), metrics=metrics) for own in slices], snapshot.progress
+    return [State(**own, opt_state=(), metrics=metrics) for own in slices]
 
 
-def _read_arrays(snapshot: workdirs.Snapshot, variables: PyTree, hint: str) -> Fields:
-    """All arrays of a checkpoint by path; ConfigError unless they have the shapes of `variables`,
-    behind an axis of members if there is one.
+def _check_shapes(what: str, shapes: dict[str, Shape], problem: Problem, hint: str) -> None:
+    """Raises ConfigError unless arrays, by path, have the shapes of the network's variables, behind
+    an axis of members if there is one.
     """
-    with checkpoint.reading(snapshot):
-        shapes = stored.shapes(snapshot)
-        there = {path: shape for path, shape in shapes.items() if path.split("/")[0] in variables}
-        leaves = trees.named_leaves(variables)
-        wanted = {path: shapes["step"] + leaf.shape for path, leaf in leaves.items()}
-        what = f"{snapshot.workdir}: the checkpoint"
-        check_shapes(what, there, wanted, f" Was config.json edited?{hint}")
-        return stored.arrays(snapshot)
+    with building.making_network(f"{what}: the network of config.model"):
+        variables = problem.shapes()
+    there = {path: shape for path, shape in shapes.items() if path.split("/")[0] in variables}
+    leaves = trees.named_leaves(variables)
+    wanted = {path: shapes["step"] + leaf.shape for path, leaf in leaves.items()}
+    check_shapes(what, there, wanted, f" Was config.json edited?{hint}")
 
 
 # Numbers ------------------------------------------------------------------------------------------
@@ -309,15 +381,18 @@ def run(
     data_dir: str = "",
     data_name: str = "",
     statistics: Statistics = "run",
+    label: str = "",
     **options: Any,
 ) -> Rows:
     """The numbers of every member of the run in `workdir` that has a checkpoint.
 
-    data_dir, data_name, statistics: as in `open_run`; the other options: as in `measure`. Raises
-    ConfigError as these do, and where the memory is full.
+    data_dir, data_name, statistics, label: as in `open_run`; the other options: as in `measure`.
+    Raises ConfigError as these do, and where the memory is full.
     """
     with building.enough_memory(str(workdir), _MORE_MEMORY):
-        saved = open_run(workdir, data_dir=data_dir, data_name=data_name, statistics=statistics)
+        saved = open_run(
+            workdir, data_dir=data_dir, data_name=data_name, statistics=statistics, label=label
+        )
         return list(_measured(saved, **options))
 
 
@@ -561,6 +636,10 @@ def _check_writable(file: AnyPath) -> None:
 
 _OPTIONS: dict[str, Fields] = {  # of the command line
     "workdir": dict(required=True, help="folder of the run, or of one of its members"),
+    "label": dict(
+        default="",
+        help="of the trained networks that are meant, or how it begins; by default the last ones",
+    ),
     "train": dict(action="store_true", help="accuracy and loss on the train set too"),
     "latency": dict(action="store_true", help="measure the time of a batch, dense against compact"),
     "batch_size": dict(type=int, default=64, help="images of a measured batch (default: 64)"),
@@ -629,6 +708,7 @@ def _answer(options: argparse.Namespace) -> Iterator[str]:
         data_dir=options.data_dir,
         data_name=options.data,
         statistics=options.statistics,
+        label=options.label,
     )
     numbers = _measured(
         saved,
@@ -639,11 +719,7 @@ def _answer(options: argparse.Namespace) -> Iterator[str]:
     )
     rows = list(numbers)
     yield describe_all(rows)
-    if options.data:
-        whose = "the train set of the run" if options.statistics == "run" else options.data
-        yield f"\nmean and std of the images are those of {whose}"
-    for member in saved.missing:
-        yield f"\nmember {member} has no checkpoint yet"
+    yield from _remarks(saved, options)
     if options.json:
         intact.write_object(pathlib.Path(options.json), report.plain(rows))
     if options.export:
@@ -656,6 +732,17 @@ def _answer(options: argparse.Namespace) -> Iterator[str]:
             yield f"exported {'dense' if options.dense else kind} network: {folder}"
     for path in export_torch(saved, options.torch) if options.torch else ():
         yield f"wrote PyTorch weights of the dense network: {path}"
+
+
+def _remarks(saved: Saved, options: argparse.Namespace) -> Iterator[str]:
+    """What else there is to say about the networks that were measured."""
+    if len(saved.labels) > 1:
+        yield f"\nnetworks of this run, for --label: {', '.join(map(repr, saved.labels))}"
+    if options.data:
+        whose = "the train set of the run" if options.statistics == "run" else options.data
+        yield f"\nmean and std of the images are those of {whose}"
+    for member in saved.missing:
+        yield f"\nmember {member} has no checkpoint yet"
 
 
 if __name__ == "__main__":

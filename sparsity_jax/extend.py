@@ -6,9 +6,12 @@ your config loads.
     extend.register("loss", "hinge", hinge)
 
 `register` says what each kind of thing is. A config loads the file with `load`; `report` and
-`evaluate` import nothing that a workdir names, so they are given it: `--import FILE`.
+`evaluate` import nothing that a workdir names, so they are given it: `--import FILE`. A workdir
+remembers which file that was.
 """
 
+import os
+import sys
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -39,9 +42,13 @@ def register(what: str, name: str, entry: Any) -> None:
 
     stage: a class of options that derives from `interface.Stage`, decorated by `tables.option`.
     model: `entry(num_classes, settings, *, options...)` gives a Flax Linen module, called as
-        module(images, train).
-    data: `entry(train_split, test_split)` gives a `sources.Opened`, for instance by
-        `sources.of_arrays`.
+        module(images, train); or a function of a key that makes a Flax NNX module, called as
+        module(images), or an Equinox module, called as module(image), with state and key where it
+        has them; or a pair of functions, init(key, images), variables `{"params": ...,
+        "batch_stats": ...}`, and apply(variables, images, train, key), logits and batch_stats.
+    data: `entry(train_split, test_split)` gives (train, test, number of classes); each of the two
+        is a pair of arrays, images (uint8) and labels, a grain pipeline of examples or batches, or
+        an iterable of batches, or a `sources.in_epochs`; or all of it is a `sources.Opened`.
     augmentation: `entry(key, images)` of a uint8 batch.
     optimizer: `entry(learning_rate, sets, *, options...)` gives an optax transformation.
     schedule: `entry(learning_rate, epochs, steps_per_epoch, *, options...)` gives an `optim.Rate`.
@@ -63,3 +70,5 @@ def register(what: str, name: str, entry: Any) -> None:
         says = "what `interface.Stage.run` says"
         raise ConfigError(f"{entry.__name__}.run", why="is missing", allowed=says)
     table[name] = entry
+    file = sys._getframe(1).f_code.co_filename  # of the caller
+    imports.REGISTERED.setdefault(what, {})[name] = os.path.abspath(file)

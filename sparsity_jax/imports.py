@@ -1,15 +1,24 @@
-"""A user's Python file as a module, for names that it registers, see `extend`."""
+"""A user's Python file as a module, for names that it registers, see `extend`.
+
+A run remembers which file registered what.
+"""
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import pathlib
 import sys
 import types
+from collections.abc import Iterator
 
-from sparsity_jax import tables
+from sparsity_jax import intact, tables
+from sparsity_jax.types import AnyPath
 
-__all__ = ["add_option", "load"]
+__all__ = ["NAMES", "REGISTERED", "add_option", "load", "remember", "telling_files"]
+
+NAMES = "names.json"  # in a workdir: the files that registered names, by what and name
+REGISTERED: dict[str, dict[str, str]] = {}  # the same in this process
 
 
 def load(file: str | os.PathLike) -> types.ModuleType:
@@ -25,6 +34,37 @@ def load(file: str | os.PathLike) -> types.ModuleType:
     sys.modules[name] = module  # classes of options look up their module
     spec.loader.exec_module(module)
     return module
+
+
+def remember(workdir: AnyPath) -> None:
+    """Writes to `workdir/names.json` which files have registered names, if any have."""
+    path = pathlib.Path(workdir) / NAMES
+    if REGISTERED:
+        intact.write_recorded(path, {**_remembered(path), **REGISTERED})
+
+
+def _remembered(path: pathlib.Path) -> dict[str, dict[str, str]]:
+    with contextlib.suppress(FileNotFoundError):
+        return intact.read_recorded(path)
+    return {}
+
+
+@contextlib.contextmanager
+def telling_files(workdir: AnyPath) -> Iterator[None]:
+    """A mistake that the block tells of a name unknown by now says which file registered it for the
+    run in `workdir`.
+    """
+    try:
+        yield
+    except tables.ConfigError as error:
+        sentence = str(error)
+        for what, files in _remembered(pathlib.Path(workdir) / NAMES).items():
+            for name, file in files.items():
+                if name not in REGISTERED.get(what, {}) and repr(name) in sentence:
+                    told = f"The run's {what} {name!r} is registered by {file}: --import it, or"
+                    load_it = f"extend.load({file!r}) in Python."
+                    raise tables.ConfigError(f"{sentence} {told} {load_it}") from None
+        raise
 
 
 def add_option(parser: argparse.ArgumentParser) -> None:

@@ -26,6 +26,7 @@ __all__ = [
     "read_row",
     "read_sums",
     "record",
+    "remove",
     "seal",
     "summed_row",
     "write",
@@ -85,6 +86,14 @@ def damage(folder: Path) -> str:
 def record(path: Path) -> None:
     """Writes the checksum of the file `path` to `SHA256SUMS` beside it."""
     _write_sums(path.parent, {**read_sums(path.parent), path.name: digest_of(path)})
+
+
+def remove(path: Path) -> None:
+    """Removes the file `path` and its recorded checksum."""
+    path.unlink(missing_ok=True)
+    sums = read_sums(path.parent)
+    sums.pop(path.name, None)
+    _write_sums(path.parent, sums)
 
 
 def read_sums(folder: Path) -> dict[str, str]:

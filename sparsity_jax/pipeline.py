@@ -15,7 +15,9 @@ from sparsity_jax import (
     checkpoint,
     durations,
     finished,
+    imports,
     interface,
+    kept,
     lock,
     platforms,
     provenance,
@@ -88,7 +90,8 @@ def run(
             return Outcome(*finished.write_again(workdir, config, snapshots))
     use_deterministic(config.get("deterministic", False))
     use_platform(config.get("platform", "default"))
-    plans = check(config)
+    with imports.telling_files(workdir):
+        plans = check(config)
     workdirs.refuse_other(workdir, config)
     lock.refuse(workdir, stale_seconds=lock_seconds)
     with enough_memory_for("config.data", None, plans[0].common):
@@ -99,6 +102,7 @@ def run(
     with workdirs.naming(workdir), held as still_mine, precision, own_devices:
         workdirs.claim(workdir, config)
         origin = provenance.describe(config, command=command, config_file=config_file)
+        imports.remember(workdir)
         tell_environment(problem, workdir, origin)
         diverged: list[str] = []
         schedule = durations.schedule_of(plans, problem)
@@ -128,6 +132,7 @@ class Run(NamedTuple):
 
     plan: Plan
     problem: Problem
+    workdir: Path
     saved: checkpoint.Checkpoints
     writer: Writer
     rows: Rows
@@ -163,6 +168,14 @@ class Run(NamedTuple):
             return state, Progress(position, True, rows)
         return self.plan.after(state, position), Progress(position + 1, False, rows)
 
+    def keep(self, state: State, position: int) -> None:
+        """Keeps the network of the stage at `position` if the next one belongs to another."""
+        config = self.plan.members[0].config
+        label = arm_of(config, position)
+        is_last = position + 1 == len(self.plan.pipeline)
+        if not is_last and arm_of(config, position + 1) != label:
+            kept.save(self.workdir, state, label, position, self.plan.common["keep_networks"])
+
 
 def _run_plan(
     plan: Plan,
@@ -189,7 +202,7 @@ def _run_plan(
     saved = checkpoint.Checkpoints(workdir, config, found, still_mine)
     own_trackers = trackers.begin(plan.common["log"], workdir, config)
     with contextlib.closing(saved), Writer(workdir, progress.rows, own_trackers) as writer:
-        run = Run(plan, problem, saved, writer, progress.rows, origin, schedule)
+        run = Run(plan, problem, workdir, saved, writer, progress.rows, origin, schedule)
         if found:
             stage_number = min(progress.stage + 1, len(plan.pipeline))
             say(f"continuing {workdir} in stage {stage_number} of {len(plan.pipeline)}")
@@ -239,6 +252,7 @@ def _run_stage(run: Run, state: State, position: int, begun: bool) -> State:
         with train.naming("at its end"):
             stages.check_weights(run.problem, state)
         state, progress = run.reached(state, position, 1.0)
+        run.keep(state, position)
         run.saved.save(state, progress)
     return state
 

@@ -89,6 +89,7 @@ def settings(
     curvature_precision: Precision = FULL,
     checkpoint_seconds: tables.NonNegative = 60.0,
     log: tuple[Literal["wandb", "mlflow"], ...] = (),
+    keep_networks: Index = 1000,
     sweep: dict = {},  # noqa: B006 - never changed
 ) -> None:
     """Fields of every config beside its stages.
@@ -114,7 +115,8 @@ def settings(
     TPUs. curvature_precision: of those in curvature, importance, Jacobians, `sfw_init` and
     whatever else claims to be exact; a narrower one is some five times as fast on a GPU and off by
     some 3 %. checkpoint_seconds: least time between two saves. log: services that get all numbers
-    too, as TensorBoard does: Weights & Biases, MLflow.
+    too, as TensorBoard does: Weights & Biases, MLflow. keep_networks: how many trained
+    networks stay on disk beside the last one, without optimizer, the newest of each label.
     sweep: lists of values under the names of fields, e.g. `dict(seed=(0, 1),
     fit=dict(optimizer=dict(learning_rate=(0.1, 0.3))))`; all combinations run. What else it may
     say, see `members.choices`.

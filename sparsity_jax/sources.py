@@ -5,7 +5,8 @@ Here are sets of arrays, and the digits; `folders` and `prepared` open the other
 
 import functools
 import importlib.metadata
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,8 +23,11 @@ __all__ = [
     "Source",
     "UnreadableError",
     "array_of",
+    "arrays_source",
+    "as_decoded",
     "check_colour",
     "check_label",
+    "in_epochs",
     "of_arrays",
     "open_digits",
     "read_digits",
@@ -40,11 +44,15 @@ class UnreadableError(ConfigError):
 
 
 class Source(NamedTuple):
-    """One split that is there but not decoded."""
+    """One split that is there but not decoded.
+
+    epochs: where it comes in an order of its own, the batches (images, labels) of epoch i.
+    """
 
     size: int
     read: Callable[[Sequence[int]], Pairs]  # of indices
     describe: Callable[[int], str]  # where item i comes from, for errors
+    epochs: Callable[[int], Iterable] | None = None
 
     def read_one(self, index: int) -> tuple[Any, int]:
         return self.read([index])[0]
@@ -92,24 +100,49 @@ def check_colour(image: ndarray, channels: int, name: str) -> None:
 
 
 def of_arrays(train: Arrays, test: Arrays, num_classes: int) -> Opened:
-    """Pairs of images, uint8 [N, H, W] or [N, H, W, C], and labels, integers [N], as a set; C is 1
-    or 3.
+    """Pairs of images, uint8 [N, H, W] or [N, H, W, C], and labels, integers [N], as a set; C is 1,
+    or 3 for RGB.
     """
     images, labels = train
     channels = 1 if images.ndim == 3 else images.shape[-1]
-    first = _arrays_source(len(labels), lambda: train)
-    second = _arrays_source(len(test[1]), lambda: test)
+    first = arrays_source(len(labels), lambda: train)
+    second = arrays_source(len(test[1]), lambda: test)
     return Opened(first, second, num_classes, channels)
 
 
-def _arrays_source(size: int, load: Callable[[], Arrays], what: str = "image") -> Source:
-    """Pairs of `load()`, the arrays, which are made when they are needed."""
+def arrays_source(size: int, load: Callable[[], Arrays], what: str = "image") -> Source:
+    """Pairs of `load()`, the arrays in RGB, which are made when they are needed."""
 
     def read(indices: Sequence[int]) -> Pairs:
         images, labels = load()
-        return [(images[i], int(labels[i])) for i in indices]
+        return [(as_decoded(images[i]), int(labels[i])) for i in indices]
 
     return Source(size, read, lambda i: f"{what} {i}")
+
+
+def in_epochs(batches: Callable[[int], Iterable], size: int) -> Source:
+    """A split of `size` images that comes in an order of its own: `batches(epoch)` gives pairs of
+    images, uint8 [B, H, W, C] in RGB, and labels [B].
+
+    The same epoch must give the same, then a run that is resumed goes on exactly.
+    """
+
+    def read(indices: Sequence[int]) -> Pairs:
+        first = max(indices, default=-1) + 1
+        pairs = ((image, label) for batch in batches(0) for image, label in zip(*batch))
+        there = dict(enumerate(itertools.islice(pairs, first)))
+        return [(as_decoded(there[i][0]), int(there[i][1])) for i in indices]
+
+    return Source(size, read, lambda index: f"image {index} of epoch 0", batches)
+
+
+def as_decoded(image: ndarray) -> ndarray:
+    """A grey [H, W] or [H, W, 1] or RGB image as a decoder gives it: [H, W] or BGR."""
+    if image.ndim == 3 and image.shape[-1] == 1:
+        return image[..., 0]
+    if image.ndim == 3:
+        return image[..., ::-1]
+    return image
 
 
 def open_digits(train_split: str, test_split: str) -> Opened:
@@ -118,8 +151,8 @@ def open_digits(train_split: str, test_split: str) -> Opened:
         raise ConfigError(
             f"'digits' has the splits 'train' and 'test', not {train_split!r} and {test_split!r}."
         )
-    train = _arrays_source(1437, lambda: read_digits()[0], "digit")
-    test = _arrays_source(360, lambda: read_digits()[1], "digit")
+    train = arrays_source(1437, lambda: read_digits()[0], "digit")
+    test = arrays_source(360, lambda: read_digits()[1], "digit")
     return Opened(train, test, num_classes=10, channels=1)
 
 

@@ -16,7 +16,7 @@ import os
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ import numpy as np
 from absl import flags
 from numpy import ndarray
 
-from sparsity_jax import decoding, stopping
+from sparsity_jax import decoding, sequences, stopping
 from sparsity_jax.data import Options, Stream
 from sparsity_jax.data.sets import usable_cores
 from sparsity_jax.data.streams import SKIPPING, check_losses
@@ -105,6 +105,9 @@ def train_batches(
     total = images.shape[0]
     if batch_size > total:
         raise ConfigError("batch_size", batch_size, allowed=f"up to {total}, the images")
+    if images.source.epochs is not None:
+        own = sequences.training(images, batch_size=batch_size, epochs=epochs, start=start)
+        return _opened(_in_order(own, put))
     size = total // batch_size * batch_size
     seeds = np.random.SeedSequence(seed).generate_state(epochs).tolist()
     if total <= _SHUFFLED_WHOLE:
@@ -156,6 +159,8 @@ def eval_batches(
     """
     import grain
 
+    if indices is None and images.source.epochs is not None:
+        return _opened(_in_order(sequences.evaluation(images, batch_size=batch_size), put))
     if indices is None:
         indices = range(images.shape[0])
     draw = partial(central_box, options=images.options)
@@ -169,6 +174,8 @@ def examples(images: Stream, indices: Sequence[int], *, batch_size: int = 256) -
 
     Of each its central part.
     """
+    if images.source.epochs is not None:
+        return sequences.chosen(images, indices)
     parts = [np.zeros((0, *images.shape[1:]), np.uint8)]
     labels = [np.zeros(0, np.int32)]
     size = min(batch_size, len(indices))
@@ -195,6 +202,14 @@ def _close_all() -> None:
     """Readers that nobody closed end before the interpreter, which would complain about them."""
     for batches in list(_OPEN):
         batches.close()
+
+
+def _in_order(batches: Iterator[Arrays], put: Callable) -> Batches:
+    """Batches of arrays, of which a few wait on the device."""
+    placed = (put(batch) for batch in batches)
+    with contextlib.closing(ahead(placed, ON_DEVICE)) as read:
+        for images, labels in read:
+            yield Batch(images, labels, ())
 
 
 def _counted(

@@ -1,6 +1,7 @@
 """The documentation keeps its word: its snippets run, and what it names exists."""
 
 import ast
+import contextlib
 import functools
 import json
 import re
@@ -11,7 +12,18 @@ from unittest import mock
 import pytest
 import tiny
 
-from sparsity_jax import data, members, pipeline, plans, report, run, stages, tables
+from sparsity_jax import (
+    data,
+    extend,
+    imports,
+    members,
+    pipeline,
+    plans,
+    report,
+    run,
+    stages,
+    tables,
+)
 from sparsity_jax.channels import execute, rules
 
 ROOT = tiny.ROOT
@@ -29,6 +41,7 @@ DOCUMENTS = (
         "docs/streaming.md",
         "docs/teach_a_primitive.md",
         "docs/compare.md",
+        "docs/your_own.md",
         "experiments/LEDGER.md",
     ),
 )
@@ -145,10 +158,17 @@ def cases(found) -> list:
 SNIPPETS = [(name, i) for name, text in TEXTS.items() for i in range(len(blocks(text, "python")))]
 
 
-@mock.patch.dict(rules.RULES)
-@mock.patch.dict(execute.RESIZES)
+@pytest.fixture
+def same_tables():
+    """What a snippet registers is gone after it."""
+    with contextlib.ExitStack() as stack:
+        for table in (rules.RULES, execute.RESIZES, imports.REGISTERED, *extend.TABLES.values()):
+            stack.enter_context(mock.patch.dict(table))
+        yield
+
+
 @pytest.mark.parametrize(("document", "index"), SNIPPETS)
-def test_snippet_runs(document, index):
+def test_snippet_runs(document, index, same_tables):
     source = blocks(TEXTS[document], "python")[index]
     exec(compile(source, f"{document}, snippet {index + 1}", "exec"), {"__name__": "snippet"})
 

@@ -77,8 +77,8 @@ def values_beyond(kind, limits):
 def test_every_option_refuses_wrong_types_values_out_of_range_and_misspellings(what):
     table = TABLES[what]
     for name, entry in table.items():
-        error = refusal_of(tables.lookup, table, f"{name}x", "name")
-        assert (error.where, error.value, error.closest) == ("name", f"{name}x", name)
+        error = refusal_of(tables.lookup, table, f"x{name}", "name")
+        assert (error.where, error.value, error.closest) == ("name", f"x{name}", name)
         hints = typing.get_type_hints(entry, include_extras=True)
         whole = dict.fromkeys(tables.parameters(entry))
         for option in whole:

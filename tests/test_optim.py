@@ -308,7 +308,7 @@ def test_short_types_stay_what_they_are(sets):
 
 def test_a_step_never_talks_to_the_host():
     params = {"w": jnp.ones((8, 4)), "b": jnp.ones(4)}
-    for name in optim.OPTIMIZERS:
+    for name in ("sfw", "adagrad_sfw", "sgd", "adamw"):
         tx = optim.OPTIMIZERS[name](optim.dynamic_change(0.5, 30, 2), polytopes.KSparse(3, 1.0))
         step = jax.jit(lambda g, s, p, v, tx=tx: tx.update(g, s, p, value=v))
         state, value = tx.init(params), jnp.ones(())

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy import ndarray
 
-from sparsity_jax import decoding, folders, prepared, stopping
+from sparsity_jax import decoding, feeds, folders, prepared, stopping
 from sparsity_jax.data import streams
 from sparsity_jax.data.inputs import published, statistics
 from sparsity_jax.data.sets import Dataset, Options, Split, spread, tell_orientation, usable_cores
@@ -99,7 +99,7 @@ def _open_set(options: Options) -> Opened:
     """The set that is meant, checked as far as no image is needed."""
     name, splits = options.name, (options.train_split, options.test_split)
     if name in SETS:
-        opened = SETS[name](*splits)
+        opened = feeds.opened(SETS[name](*splits), stream=options.stream)
     elif name.startswith("folder:"):
         opened = folders.open_folder(name.removeprefix("folder:"), *splits)
     else:

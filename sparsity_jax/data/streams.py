@@ -73,6 +73,8 @@ def leave(
     """The images of a source at `indices` as a `Stream`. channels 0: as the first image that can be
     decoded.
     """
+    if source.epochs is not None:
+        _check_in_order(source, indices, options)
     for index in () if channels else indices.tolist():
         with contextlib.suppress(UnreadableError):
             payload, _ = source.read_one(index)
@@ -84,6 +86,19 @@ def leave(
     return Split(Stream(source, indices, shape, num_classes, options), None)
 
 
+def _check_in_order(source: Source, indices: ndarray, options: Options) -> None:
+    """Raises ConfigError for options that do not fit images in an order of their own."""
+    if len(indices) < source.size:
+        why = "of a set that comes in an order of its own"
+        raise ConfigError("train_limit or test_limit", len(indices), why=why, allowed="0")
+    image, _ = source.read_one(0)
+    side = options.image_size
+    if image.shape[:2] != (side, side):
+        height, width = image.shape[:2]
+        why = "but images in an order of their own are used as they come"
+        raise ConfigError("image_size", side, why=why, allowed=f"their size, {height}x{width}")
+
+
 def look_at(images: Stream) -> Stream:
     """Decodes `_LOOKED_AT` images of a stream, evenly spread, so that mistakes are told before
     anything starts.
@@ -93,6 +108,9 @@ def look_at(images: Stream) -> Stream:
     decoded if they would stop the run.
     """
     options = images.options
+    if images.source.epochs is not None:
+        _look_at_image(images, 0)  # the others come in their turn
+        return images
     size = len(images.indices)
     chosen = spread(size, _LOOKED_AT)
     sample = images.indices[chosen].tolist()

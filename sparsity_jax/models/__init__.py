@@ -1,4 +1,4 @@
-"""The model zoo: flax.linen networks as pure functions on `{"params": ..., "batch_stats": ...}`.
+"""The model zoo: networks as pure functions on `{"params": ..., "batch_stats": ...}`.
 
 No other part of the library knows these classes: every algorithm takes a pytree and a callable.
 
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from sparsity_jax.models import cnn, mlp, mobilenet, resnet, vgg
+from sparsity_jax.models import cnn, frameworks, mlp, mobilenet, resnet, vgg
 from sparsity_jax.models.layers import INITIALIZERS, Settings
 from sparsity_jax.tables import ConfigError, Count, check_options, convert, defaults, lookup
 from sparsity_jax.types import Config, Fields, PyTree, Shape
@@ -23,8 +23,7 @@ __all__ = ["MODELS", "Dtype", "Model", "build", "complete"]
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
-# Name to factory(num_classes, settings, *, options...) -> flax.linen.Module, called as
-# module(images, train).
+# Name to factory(num_classes, settings, *, options...) -> what `frameworks.functions_of` takes.
 MODELS: dict[str, Callable] = {
     **mlp.MODELS,
     **cnn.MODELS,
@@ -73,40 +72,36 @@ def build(
     convert(param_dtype, Dtype, "param_dtype")
     options = check_options(factory, options)
     settings = Settings(init, jnp.dtype(dtype), jnp.dtype(param_dtype))
-    module = factory(num_classes, settings, **options)
+    network = frameworks.functions_of(factory(num_classes, settings, **options))
     dropout = options.get("dropout", 0.0)
 
-    def checked() -> Any:
+    def checked() -> frameworks.Functions:
         """The network, where jax computes in its precision."""
         if "float64" in (dtype, param_dtype) and not jax.config.read("jax_enable_x64"):
             raise ConfigError(
                 f"{name} was built with dtype {dtype} and param_dtype {param_dtype}, but jax runs "
                 "in 32 bits; set jax_enable_x64 or call it inside `with jax.enable_x64(True):`."
             )
-        return module
+        return network
 
     # the forward pass only finds shapes: compiling drops it
     @functools.partial(jax.jit, static_argnums=1)
     def create(key: Array, shape: Shape) -> PyTree:
-        return module.init(key, jnp.zeros(shape, settings.dtype))
+        return network.init(key, jnp.zeros(shape, settings.dtype))
 
     def initialise(key: Array, images: Any) -> PyTree:
         checked()
-        return {"batch_stats": {}, **create(key, images.shape)}
+        return create(key, images.shape)
 
     def apply(variables: PyTree, images: Array) -> Array:
-        return checked().apply(variables, images)
+        return checked().apply(variables, images, False, None)[0]
 
     def apply_train(
         variables: PyTree, images: Array, key: Array | None = None
     ) -> tuple[Array, PyTree]:
         if dropout and key is None:
             raise ValueError(f"{name} has dropout {dropout}: apply_train needs a key.")
-        rngs = None if key is None else {"dropout": key}
-        logits, updated = checked().apply(
-            variables, images, train=True, mutable=["batch_stats"], rngs=rngs
-        )
-        return logits, updated.get("batch_stats", {})
+        return checked().apply(variables, images, True, key)
 
     return Model(initialise, apply, apply_train, settings.dtype)
 

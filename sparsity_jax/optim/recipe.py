@@ -8,7 +8,7 @@ from jax.tree_util import tree_map
 from optax import GradientTransformationExtraArgs as Transformation
 
 from sparsity_jax import originals, polytopes, tables, trees
-from sparsity_jax.optim import adagrad, penalties, steps
+from sparsity_jax.optim import adagrad, from_optax, penalties, steps
 from sparsity_jax.optim.schedules import SCHEDULES
 from sparsity_jax.tables import ConfigError
 from sparsity_jax.types import Fields, PyTree
@@ -36,6 +36,7 @@ def no_penalty(tx: Transformation, values: Fields) -> Transformation:
 
 
 OPTIMIZERS: dict[str, Callable] = {
+    **from_optax.optimizers(),
     "sfw": steps.sfw,
     "adagrad_sfw": adagrad.adagrad_sfw,
     "sgd": steps.sgd,

@@ -34,6 +34,7 @@ __all__ = [
     "sgd",
     "share_of_new",
     "with_momentum",
+    "within_sets",
 ]
 
 Strength = Number | PyTree  # a number, or one per parameter array
@@ -193,8 +194,13 @@ def sgd(
         ),
         rates.scale_by_rate(learning_rate),
     )
+    return within_sets(descent, sets)
+
+
+def within_sets(inner: Transformation, sets: PyTree) -> Transformation:
+    """`inner`, projected where some of the sets is a constraint."""
     kinds = set(map(type, tree_leaves(sets, is_leaf=polytopes.is_set)))
-    return descent if kinds <= {polytopes.Unconstrained} else projected(descent, sets)
+    return inner if kinds <= {polytopes.Unconstrained} else projected(inner, sets)
 
 
 def projected(inner: optax.GradientTransformation, sets: PyTree) -> Transformation:
