@@ -125,6 +125,7 @@ class Run(NamedTuple):
     origin: Rows
 
     def per_member(self, rows: Rows) -> MemberRows:
+        """The rows of each member."""
         every = range(self.problem.members or 1)
         return [[row for row in rows if row["member"] == i] for i in every]
 

@@ -47,6 +47,7 @@ class Source(NamedTuple):
     describe: Callable[[int], str]  # where item i comes from, for errors
 
     def read_one(self, index: int) -> tuple[Any, int]:
+        """Image and label of one item."""
         return self.read([index])[0]
 
 

@@ -219,6 +219,7 @@ class Problem(NamedTuple):
 
     @property
     def streamed(self) -> bool:
+        """Whether images are read while the run goes on."""
         return self.train_images is None
 
     def split(self, name: str) -> data.Split:

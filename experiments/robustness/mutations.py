@@ -2480,6 +2480,26 @@ MUTATIONS = (
         "test_unstack.py",
         "layers_lose and linen",
     ),
+    Mutation(
+        720,
+        "dropped condition",
+        "the package imports whatever name it is asked for",
+        "__init__.py",
+        "    if name in _MODULES:\n",
+        "    if name:\n",
+        "test_layers.py",
+        "gives_its_modules",
+    ),
+    Mutation(
+        721,
+        "dropped check",
+        "a mask of another shape is spread over its array",
+        "masks/select.py",
+        "        if jnp.shape(mask) != shape:\n",
+        "        if False:\n",
+        "test_masks.py",
+        "refuses_other_shapes",
+    ),
 )
 
 

@@ -42,11 +42,13 @@ class Unconstrained:
     """The whole space: no LMO; optimizers take their gradient step instead."""
 
     def project(self, x: Array) -> Array:
+        """x itself, as it is feasible."""
         return x
 
     shift_inside = pull_back = project
 
     def diameter(self, size: int) -> float:
+        """Infinite."""
         del size
         return math.inf
 
