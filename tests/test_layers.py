@@ -43,6 +43,7 @@ NUMERICS = (
     "coupling",
     "shares",
     "filters",
+    "allocate",
 )
 # never each other
 PARTS = (
@@ -52,7 +53,6 @@ PARTS = (
         "losses",
         "optim",
         "gradinit",
-        "allocate",
         "spectrum",
         "width",
         "scores",
@@ -121,7 +121,16 @@ FOLDERS = {
         "__init__",
     ),
     "polytopes": ("inside", "ksparse", "balls", "sets", "__init__"),
-    "optim": ("rates", "schedules", "steps", "adagrad", "penalties", "recipe", "__init__"),
+    "optim": (
+        "rates",
+        "schedules",
+        "steps",
+        "adagrad",
+        "penalties",
+        "pruning",
+        "recipe",
+        "__init__",
+    ),
     "models": ("layers", "mlp", "convolutions", "cnn", "resnet", "vgg", "mobilenet", "__init__"),
     "report": (
         *("files", "rows", "events", "runs", "sections", "series", "raw", "draw", "summary"),

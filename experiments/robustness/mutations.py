@@ -2500,6 +2500,26 @@ MUTATIONS = (
         "test_masks.py",
         "refuses_other_shapes",
     ),
+    Mutation(
+        722,
+        "dropped argument",
+        "pruning on a schedule forgets what was pruned before",
+        "optim/pruning.py",
+        ", before=state.masks",
+        "",
+        "test_pruning.py",
+        "loop_by_hand",
+    ),
+    Mutation(
+        723,
+        "dropped step",
+        "the optimizer sees gradients of pruned weights",
+        "optim/pruning.py",
+        "masks.apply(grads, state.masks)",
+        "grads",
+        "test_pruning.py",
+        "sees_no_gradients",
+    ),
 )
 
 

@@ -12,6 +12,7 @@ entries stay as they are. Sums over steps are float32 or wider whatever the weig
 
 from sparsity_jax.optim.adagrad import adagrad_sfw
 from sparsity_jax.optim.penalties import add_l1, add_l2, proximal_l1
+from sparsity_jax.optim.pruning import PrunedState, PruningSchedule, masks_of, pruned
 from sparsity_jax.optim.rates import (
     Rate,
     decrease_3,
@@ -60,6 +61,8 @@ __all__ = [
     "SCHEDULES",
     "Config",
     "HeavyBallState",
+    "PrunedState",
+    "PruningSchedule",
     "Rate",
     "Recipe",
     "adagrad_sfw",
@@ -76,6 +79,7 @@ __all__ = [
     "keep",
     "learning_rate",
     "make",
+    "masks_of",
     "momentum_of",
     "multistep",
     "needs_norms",
@@ -87,6 +91,7 @@ __all__ = [
     "program",
     "projected",
     "proximal_l1",
+    "pruned",
     "scale_by_rate",
     "settings",
     "sfw",
