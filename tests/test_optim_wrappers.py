@@ -260,7 +260,7 @@ def test_sums_over_steps_are_wide_unless_asked_otherwise(name):
     assert floats(state) == {jnp.dtype("bfloat16")}
     config = dict(name=name, learning_rate=0.1, accumulator_dtype="float61")
     with pytest.raises(ValueError, match="accumulator_dtype"):
-        optim.check(config)
+        optim.check_config(config)
 
 
 def test_the_sum_of_squares_grows_for_ever():

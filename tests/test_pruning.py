@@ -156,6 +156,7 @@ def test_networks_of_nnx_and_equinox_are_pruned():
     tx = optim.pruned(optax.sgd(0.1), 0.5, selection="layerwise")
     optimizer = nnx.Optimizer(net, tx, wrt=nnx.Param)
     nnx.jit(lambda optimizer, net: optimizer.update(net, nnx.state(net, nnx.Param)))(optimizer, net)
+    optim.check(optimizer.opt_state)
     assert jnp.sum(net.hidden.kernel[...] == 0) == 6
     kept = optim.masks_of(optimizer.opt_state)
     assert sum(jnp.sum(mask) for mask in jax.tree.leaves(kept)) == 6 + 4 + 4 + 2

@@ -2520,6 +2520,36 @@ MUTATIONS = (
         "test_pruning.py",
         "sees_no_gradients",
     ),
+    Mutation(
+        724,
+        "dropped step",
+        "updates that begin outside the feasible sets are not counted",
+        "optim/order.py",
+        "broken.updates + begins_outside",
+        "broken.updates",
+        "test_optim.py",
+        "behind_a_set",
+    ),
+    Mutation(
+        725,
+        "dropped term",
+        "a K-sparse polytope holds single entries of any size",
+        "polytopes/ksparse.py",
+        "jnp.maximum(share, largest) / self.radius",
+        "share / self.radius",
+        "test_polytopes.py",
+        "gauge",
+    ),
+    Mutation(
+        726,
+        "dropped call",
+        "a training that left its feasible sets ends as any other",
+        "train.py",
+        "        optim.check(state.opt_state)\n",
+        "        pass\n",
+        "test_train.py",
+        "leaves_its_sets",
+    ),
 )
 
 

@@ -14,7 +14,7 @@ from optax import GradientTransformationExtraArgs as Transformation
 
 from sparsity_jax import allocate, masks, tables
 from sparsity_jax.groups import Channels
-from sparsity_jax.optim import steps
+from sparsity_jax.optim import order, steps
 from sparsity_jax.optim.rates import Updated
 from sparsity_jax.tables import ConfigError
 from sparsity_jax.types import Fields, PyTree
@@ -75,13 +75,13 @@ class PruningSchedule(NamedTuple):
 
 class PrunedState(NamedTuple):
     """step: updates so far, int32. masks: bools in the structure of the params, True = kept.
-    regrown: updates so far that began with a pruned weight that was not zero, int32, see
-    `optim.check`. inner: of the optimizer.
+    broken: counts updates that began with a pruned weight that was not zero. inner: of the
+    optimizer.
     """
 
     step: Array
     masks: PyTree
-    regrown: Array
+    broken: order.Broken
     inner: PyTree
 
 
@@ -100,7 +100,8 @@ def pruned(
     `allocate.keep_counts` says of its ratio: those of largest magnitude among the weights as
     `inner` left them. All others are zero from then on and never come back: their update is minus
     their value, and `inner` sees gradients of zero for them. So this comes last in an
-    `optax.chain`; what is behind it would move pruned weights again.
+    `optax.chain`: what is behind it may move pruned weights, which `optim.check` of the state
+    tells.
     schedule: a `PruningSchedule`, or a ratio, which is pruned once, after the first update.
     selection, channels, options: those of `allocate.keep_counts`, such as scope, include, exclude
     and layer_ratios. key: for `random`.
@@ -116,7 +117,7 @@ def pruned(
 
     def init(params: PyTree) -> PrunedState:
         zero = jnp.zeros((), jnp.int32)
-        return PrunedState(zero, masks.full(params), zero, inner.init(params))
+        return PrunedState(zero, masks.full(params), order.unbroken(), inner.init(params))
 
     def after(moved: PyTree, state: PrunedState) -> PyTree:
         """Masks of the weights after an update of the schedule."""
@@ -132,10 +133,10 @@ def pruned(
         moved = optax.apply_updates(params, updates)
         due = jnp.isin(state.step, times)
         kept = lax.cond(due, lambda: after(moved, state), lambda: state.masks)
-        regrown = state.regrown + _any_regrown(params, state.masks)
+        broken = order.counted(state.broken, _any_regrown(params, state.masks))
         stopped = lambda mask, u, w: jnp.where(mask, u, -w)
         ended = tree_map(stopped, kept, updates, params)
-        return ended, PrunedState(state.step + 1, kept, regrown, of_inner)
+        return ended, PrunedState(state.step + 1, kept, broken, of_inner)
 
     return steps.needing_params(init, update)
 

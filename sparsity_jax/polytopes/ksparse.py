@@ -135,6 +135,13 @@ class KSparse:
         budget = self.radius * self.support(x.size)
         return pulled(clipped, length, budget, length > budget)
 
+    def gauge(self, x: Array) -> Array:
+        """The larger of ||x||_1 / (k radius) and ||x||_inf / radius, in at least float32."""
+        wide = widen(x)
+        largest = jnp.max(jnp.abs(wide), initial=0)
+        share = trees.absolute_sum(wide) / self.support(x.size)
+        return jnp.maximum(share, largest) / self.radius
+
     def diameter(self, size: int) -> Array:
         """2 radius sqrt(k)."""
         k = jnp.asarray(self.support(size), float)
