@@ -27,6 +27,7 @@ DOCUMENTS = (
         "docs/pretrained.md",
         "docs/streaming.md",
         "docs/teach_a_primitive.md",
+        "docs/your_loop.md",
         "experiments/LEDGER.md",
     ),
 )

@@ -444,6 +444,7 @@ TRANSFORMATIONS = {
     "dynamic_change": optim.sgd(optim.dynamic_change(0.1, 30, 2)),
     "track_saliency": saliency.track(optim.sgd(0.1), steps_per_epoch=21),
     "growing_l2": growing.growing_l2(HALF, update_every=1),
+    "pruned": optim.pruned(optim.sgd(0.1), 0.5),
 }
 
 

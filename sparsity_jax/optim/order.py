@@ -7,6 +7,7 @@ import numpy as np
 from jax import Array
 from jax.tree_util import tree_leaves
 
+from sparsity_jax import trees
 from sparsity_jax.types import PyTree
 
 __all__ = ["Broken", "check", "counted", "unbroken"]
@@ -20,9 +21,10 @@ class Broken(NamedTuple):
     updates: Array
 
 
-def unbroken() -> Broken:
+def unbroken(params: PyTree) -> Broken:
     """The state before all updates."""
-    return Broken(jnp.zeros((), jnp.int32))
+    zero = jnp.zeros((), jnp.int32)
+    return Broken(trees.varying_like(zero, tree_leaves(params)))
 
 
 def counted(broken: Broken, begins_outside: Array) -> Broken:

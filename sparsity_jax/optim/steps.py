@@ -216,7 +216,7 @@ def projected(inner: optax.GradientTransformation, sets: PyTree) -> Transformati
         free = lambda w, u: u.astype(w.dtype)
         return polytopes.map_together(pull, free, sets, params, updates), broken
 
-    return optax.chain(inner, needing_params(lambda _: order.unbroken(), pull_all))
+    return optax.chain(inner, needing_params(order.unbroken, pull_all))
 
 
 def sfw(
@@ -304,7 +304,8 @@ def by_averages(
     rate = rates.as_rate(learning_rate)
 
     def start(params: PyTree) -> tuple:
-        return average.init(params), rates.first_state(rate), init(params), order.unbroken()
+        own = init(params)
+        return average.init(params), rates.first_state(rate), own, order.unbroken(params)
 
     def step(updates: PyTree, states: Any, params: PyTree, extra: Fields) -> Updated:
         averaged, rated, state, broken = states
