@@ -170,8 +170,13 @@ def keep_counts(
     any; a layer called `fc` keeps its filters. layout: of all kernels without a trace, `in_out`
     ([..., in, out], Flax and Haiku) or `out_in` ([out, in, ...], PyTorch and Equinox). Raises
     ValueError for a ratio outside [0, 1] and where it is open what may be pruned, ConfigError for
-    other options.
+    other options, TypeError for a traced ratio.
     """
+    if isinstance(ratio, jax.core.Tracer):
+        raise TypeError(
+            "keep_counts counts outside jit, but its ratio is traced; call it before the traced "
+            "function and give that the counts, which keep_masks may trace."
+        )
     if not 0 <= ratio <= 1:
         raise ValueError(f"ratio is {ratio}; allowed: 0 to 1, the share removed.")
     chosen = _made(selection, options)

@@ -224,6 +224,7 @@ class Cut(alone.EachMember):
         return float(self.plan(place.visits, ratio).density[place.visit - 1])
 
     def channels(self, problem: Problem) -> Channels:
+        """The coupled channels of the network."""
         return structured.channels_of(problem, branches=self.branches)
 
     def cuttable(self, problem: Problem) -> dict[str, Group]:

@@ -158,6 +158,7 @@ class Criterion(NamedTuple):
     text: str
 
     def passes(self, row: Row, dense: Row, tolerance: float) -> bool:
+        """Whether the network of `row` loses no more than the tolerance against the dense one."""
         bound = dense[self.field] + self.sign * tolerance
         return bool(self.compare(row[self.field], bound))
 
@@ -525,6 +526,7 @@ class Spectrum(TrainingLoss):
 
     @property
     def lanczos(self) -> linops.Lanczos:
+        """The iteration that measures the spectrum."""
         return linops.Lanczos(self.num_matvecs, self.reorthogonalize)
 
     def begin(self, problem: Problem, state: State, place: Place) -> State:

@@ -82,10 +82,12 @@ class Channels(NamedTuple):
 
     @property
     def names(self) -> list[str]:
+        """Names of all groups."""
         return list(self.groups)
 
     @property
     def sizes(self) -> dict[str, int]:
+        """Number of channels of each group, by name."""
         return {name: group.size for name, group in self.groups.items()}
 
     @property

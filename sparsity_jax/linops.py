@@ -435,6 +435,7 @@ class Lanczos:
 
     @property
     def basis(self) -> _Basis | None:
+        """Where earlier vectors are kept; None: nowhere."""
         return REORTHOGONALIZE[self.reorthogonalize]
 
     def __call__(self, matvec: Matvec, start: PyTree) -> Tridiagonal:

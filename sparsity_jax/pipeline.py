@@ -140,6 +140,7 @@ class Run(NamedTuple):
     schedule: durations.Schedule
 
     def per_member(self, rows: Rows) -> MemberRows:
+        """The rows of each member."""
         every = range(self.problem.members or 1)
         return [[row for row in rows if row["member"] == i] for i in every]
 

@@ -292,6 +292,7 @@ class Records(NamedTuple):
     keys: Keys
 
     def describe(self, index: int) -> str:
+        """The place of a record, for errors."""
         return f"{self.name}, record {index}"
 
     def read(self, indices: Sequence[int]) -> Pairs:

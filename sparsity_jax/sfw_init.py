@@ -54,7 +54,7 @@ class SfwInit(Stage):
     def recipe(self) -> optim.Recipe:
         """The Frank-Wolfe step as an optimizer; raises ConfigError."""
         fields = ("learning_rate", "constraint", "norms")
-        return optim.check({"name": "sfw", **{name: getattr(self, name) for name in fields}})
+        return optim.check_config({"name": "sfw", **{name: getattr(self, name) for name in fields}})
 
     def check(self) -> None:
         optim.program(self.recipe)

@@ -55,6 +55,7 @@ class Source(NamedTuple):
     epochs: Callable[[int], Iterable] | None = None
 
     def read_one(self, index: int) -> tuple[Any, int]:
+        """Image and label of one item."""
         return self.read([index])[0]
 
 

@@ -159,6 +159,7 @@ class Range(NamedTuple):
     below: bool = False
 
     def contains(self, value: float) -> bool:
+        """Whether the number is allowed."""
         if self.low is not None and (value <= self.low if self.above else value < self.low):
             return False
         return self.high is None or value < self.high or (value == self.high and not self.below)

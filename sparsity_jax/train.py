@@ -219,6 +219,7 @@ class Problem(NamedTuple):
 
     @property
     def streamed(self) -> bool:
+        """Whether images are read while the run goes on."""
         return self.train_images is None
 
     def split(self, name: str) -> data.Split:
@@ -506,7 +507,7 @@ class Fit(interface.Stage):
     @cached_property
     def recipe(self) -> optim.Recipe:
         """The checked optimizer."""
-        return optim.check(self.optimizer)
+        return optim.check_config(self.optimizer)
 
     @cached_property
     def tracked(self) -> Fields:
@@ -774,7 +775,8 @@ def fit_epochs(
     those that came with the states so far.
     A step on streamed data that met unreadable images has a row of its own, with step, unreadable
     (how many) and unreadable_images (which); the epoch's row sums them up and names the first five.
-    Those of the test images are its test_unreadable.
+    Those of the test images are its test_unreadable. Raises what `optim.check` does, if the weights
+    started inside.
     """
     spe = fit.steps_per_epoch(problem)
     before = [row.get("seconds", 0.0) for row in rows]
@@ -800,6 +802,8 @@ def fit_epochs(
                 last = _epoch_rows(problem, state, fit, step, seconds, lost)
                 new = interface.rows_joined(new, last)
             yield Update(state, new, step / (fit.epochs * spe))
+    if fit.shift_inside:
+        optim.check(state.opt_state)
 
 
 def trained(

@@ -103,10 +103,12 @@ class Layer(NamedTuple):
 
     @property
     def size(self) -> int:
+        """Number of units."""
         return math.prod(self.shape)
 
     @property
     def of_weights(self) -> bool:
+        """Whether its units are single weights."""
         return self.scored[0].axes is None
 
 

@@ -443,6 +443,8 @@ def test_what_an_earlier_mask_left_out_goes_first(selection, options):
 def test_misuse_is_explained():
     with pytest.raises(ValueError, match=r"ratio is 1.5; allowed: 0 to 1"):
         allocate.keep_counts(network(), 1.5)
+    with pytest.raises(TypeError, match="give that the counts"):
+        jax.jit(lambda ratio: allocate.keep_counts(network(), ratio))(0.5)
     with tiny.complains(r"selection is 'globl'; allowed: global.*Did you mean 'global'"):
         allocate.check("globl", {})
     with tiny.complains(r"scope is 'kernel'; allowed: 'kernels' \| 'all'.*Did you mean"):

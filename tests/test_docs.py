@@ -42,6 +42,7 @@ DOCUMENTS = (
         "docs/teach_a_primitive.md",
         "docs/compare.md",
         "docs/your_own.md",
+        "docs/your_loop.md",
         "experiments/LEDGER.md",
     ),
 )

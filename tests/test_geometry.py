@@ -183,7 +183,7 @@ def test_training_is_the_originals():
     settings = optim.settings(
         "sgd", learning_rate=HYPER["lr"], momentum=HYPER["momentum"], penalty=penalty
     )
-    recipe = optim.check(settings)
+    recipe = optim.check_config(settings)
     size, batch_size = len(GOLDEN["train/y"]), HYPER["batch_size"]
     with jax.enable_x64(True):
         problem, state = original(GOLDEN, "init")

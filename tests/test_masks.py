@@ -308,6 +308,16 @@ def test_apply_density_and_sparsity():
     assert float(masks.sparsity(masks.full(tree))) == 0.0
 
 
+@pytest.mark.parametrize("wrapped", [lambda function: function, jax.jit], ids=["eager", "jit"])
+def test_apply_refuses_other_shapes_and_swapped_arguments(wrapped):
+    params = {"a": {"w": jnp.ones((2, 3))}, "b": jnp.ones(3)}
+    kept = masks.full(params)
+    with pytest.raises(ValueError, match=r"'a/w' has shape \(3,\); allowed: \(2, 3\)"):
+        wrapped(masks.apply)(params, {**kept, "a": {"w": jnp.ones(3, bool)}})
+    with pytest.raises(TypeError, match=r"'a/w' is float32; .*masks come second"):
+        wrapped(masks.apply)(kept, params)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

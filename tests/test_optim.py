@@ -229,6 +229,33 @@ def test_weights_stay_feasible(name, extra):
     assert np.linalg.norm(a) + np.linalg.norm(b) > 0.1
 
 
+HOLDING = {
+    "sfw": optim.sfw(0.7, polytopes.KSparse(2, 0.5), rescale="none"),
+    "adagrad_sfw": optim.adagrad_sfw(0.7, polytopes.LpBall(0.5, 1.0)),
+    "projected": optim.sgd(0.7, polytopes.LpBall(0.5, 2.0)),
+    "pruned": optim.pruned(optax.sgd(0.7), 0.5),
+}
+
+
+@pytest.mark.parametrize("name", HOLDING)
+def test_what_comes_behind_a_set_is_counted(name):
+    start = {"kernel": np.array([[0.1, -0.2], [0.1, 0.05]], np.float32)}
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def trained(tx, params):
+        def step(carry, _):
+            params, state = carry
+            updates, state = tx.update(params, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, tx.init(params)), None, 4)[0][1]
+
+    optim.check(trained(optax.chain(optax.clip(1.0), HOLDING[name]), start))
+    wrong = trained(optax.chain(HOLDING[name], optax.scale(-9.0)), start)
+    with pytest.raises(ValueError, match=r"[123] updates began outside .* come last"):
+        optim.check(wrong)
+
+
 def test_sfw_on_the_whole_space_is_sgd_with_averaged_momentum():
     params, grads = {"w": np.arange(4.0)}, {"w": np.ones(4)}
     tx = tiny.compiled(optim.sfw(0.1, polytopes.Unconstrained(), momentum=0.5))
@@ -344,7 +371,7 @@ def recipe(**changes):
         schedule=dict(name="decrease_3"),
         constraint=dict(name="k_sparse", k=3, tau=2.0),
     )
-    return optim.check({**config, **changes})
+    return optim.check_config({**config, **changes})
 
 
 def test_a_config_becomes_the_same_optimizer():
@@ -384,7 +411,7 @@ def test_proximal_and_subgradient_steps_reach_the_same_minimum(momentum):
             momentum=momentum,
             penalty=dict(penalised, method=method),
         )
-        chosen = optim.check(config)
+        chosen = optim.check_config(config)
         tx = optim.make(chosen, optim.numbers(chosen, target, None), epochs=1, steps_per_epoch=1)
 
         def step(carry, _, tx=tx):
@@ -412,14 +439,14 @@ def test_proximal_step_needs_a_rate():
 def test_a_penalty_acts_on_the_named_parameters_only():
     params = {"dense": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}
     config = dict(name="sgd", learning_rate=1.0, momentum=0.0)
-    chosen = optim.check(
+    chosen = optim.check_config(
         {**config, "penalty": dict(name="l1", strength=0.5, parameters=".*/kernel")}
     )
     tx = optim.make(chosen, optim.numbers(chosen, params, None), epochs=1, steps_per_epoch=1)
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
     assert_allclose(updates["dense"]["kernel"], -0.5)
     assert_array_equal(updates["dense"]["bias"], 0.0)
-    wrong = optim.check({**config, "penalty": dict(name="l1", parameters="kernel")})
+    wrong = optim.check_config({**config, "penalty": dict(name="l1", parameters="kernel")})
     with tiny.refused("penalty.parameters", "kernel", "dense/kernel"):
         optim.numbers(wrong, params, None)
 
@@ -506,7 +533,7 @@ def test_recipes_that_differ_in_numbers_are_one_program(kind):
     shapes = {"a": {"kernel": jnp.zeros((3, 4)), "bias": jnp.zeros(2)}}
     norms = jax.tree.map(lambda leaf: 1.0 + leaf.size, shapes)
     settings = [dict(zip(NUMBERS, pair)) for pair in zip(*NUMBERS.values())]
-    recipes = [optim.check(dict(dict(name="sgd"), **KINDS[kind]) | own) for own in settings]
+    recipes = [optim.check_config(dict(dict(name="sgd"), **KINDS[kind]) | own) for own in settings]
     assert optim.program(recipes[0]) == optim.program(recipes[1])
     values = [optim.numbers(recipe, shapes, norms) for recipe in recipes]
     together = jax.jit(jax.vmap(lambda values: descend(recipes[0], values)))
@@ -521,7 +548,7 @@ def test_recipes_that_differ_in_numbers_are_one_program(kind):
 
 
 def test_other_optimizers_are_other_programs():
-    recipes = [optim.check(dict(dict(name="sgd"), **own)) for own in KINDS.values()]
+    recipes = [optim.check_config(dict(dict(name="sgd"), **own)) for own in KINDS.values()]
     assert len({optim.program(recipe) for recipe in recipes}) == len(KINDS)
 
 

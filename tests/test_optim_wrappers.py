@@ -260,7 +260,7 @@ def test_sums_over_steps_are_wide_unless_asked_otherwise(name):
     assert floats(state) == {jnp.dtype("bfloat16")}
     config = dict(name=name, learning_rate=0.1, accumulator_dtype="float61")
     with pytest.raises(ValueError, match="accumulator_dtype"):
-        optim.check(config)
+        optim.check_config(config)
 
 
 def test_the_sum_of_squares_grows_for_ever():
@@ -444,6 +444,7 @@ TRANSFORMATIONS = {
     "dynamic_change": optim.sgd(optim.dynamic_change(0.1, 30, 2)),
     "track_saliency": saliency.track(optim.sgd(0.1), steps_per_epoch=21),
     "growing_l2": growing.growing_l2(HALF, update_every=1),
+    "pruned": optim.pruned(optim.sgd(0.1), 0.5),
 }
 
 

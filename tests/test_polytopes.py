@@ -285,7 +285,7 @@ def test_the_projection_is_exact_whatever_the_range(x, k, exponent):
     assert_allclose(found / radius, exact_projection(x, k, radius) / radius, atol=5e-6)
 
 
-BOUNDED = (polytopes.KSparse(3, 0.5), *(polytopes.LpBall(0.5, p) for p in (1, 2, 3, math.inf)))
+BOUNDED = (polytopes.KSparse(2, 0.5), *(polytopes.LpBall(0.5, p) for p in (1, 2, 3, math.inf)))
 
 
 @pytest.mark.parametrize("constraint", BOUNDED)
@@ -374,6 +374,44 @@ def test_mean_norms_measure_the_initialisation():
     assert again["w"] == norms["w"]
     short = lambda key: jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), init(key))
     assert_allclose(polytopes.mean_norms(short, jax.random.key(0))["w"], math.sqrt(1200), rtol=1e-2)
+
+
+def test_sets_of_a_network_in_one_call():
+    init = lambda key: {"w": jax.random.normal(key, (30, 40)), "bias": jnp.zeros(4)}
+    params = init(KEY)
+    own = dict(tau=3.0, k_frac=0.1, rules=(("bias", dict(name="l2")),))
+    sets = polytopes.for_params(params, **own)
+    assert_allclose(sets["w"].diameter(1200), 2 * 3.0 * np.linalg.norm(params["w"]))
+    assert_allclose((sets["w"].k, sets["bias"].radius), (120, 15.0))
+    of_run = polytopes.build(
+        params, polytopes.mean_norms(init, KEY, draws=5), polytopes.check(dict(own))
+    )
+    assert polytopes.for_params(params, KEY, init=init, draws=5, **own) == of_run
+    with pytest.raises(ValueError, match="init is None"):
+        polytopes.for_params(params, KEY)
+
+
+@pytest.mark.parametrize(
+    "s", [polytopes.KSparse(2, 0.5), *(polytopes.LpBall(0.7, p) for p in (1, 2, 3, math.inf))]
+)
+def test_the_gauge_says_how_far_outside_a_point_is(s):
+    """<x, g> <= gauge(x) max <v, g> over the set, and equal for the best g of many."""
+    x, *slopes = np.random.default_rng(0).normal(size=(2000, 3)) ** 5  # many near the axes
+    slopes = np.stack(slopes)
+    gauge = call(s, x, "gauge")
+    assert_allclose(call(s, 3 * x, "gauge"), 3 * gauge)
+    vertices = jax.vmap(lambda g: s.lmo(-g))(slopes)
+    shares = slopes @ x / np.sum(vertices * slopes, 1)
+    assert gauge * 0.95 <= shares.max() <= gauge * (1 + 1e-9)
+    near = jnp.array([0.999, 1.0005, 1.002])[:, None] * x / gauge
+    beyond = jax.jit(jax.vmap(lambda w: polytopes.outside(s, {"w": w, "no": jnp.ones(0)})))
+    assert beyond(near).tolist() == [False, False, True]
+
+
+def test_two_roundings_of_narrow_weights_are_not_outside():
+    s = polytopes.LpBall(1.0, math.inf)
+    assert not polytopes.outside(s, jnp.full(2, 1.0078125, jnp.bfloat16))
+    assert not polytopes.outside(polytopes.Unconstrained(), jnp.full(2, 9.0))
 
 
 def test_sets_that_cannot_be_are_refused():

@@ -10,9 +10,9 @@ import numpy as np
 import optax
 import pytest
 import tiny
-from numpy.testing import assert_allclose
+from numpy.testing import assert_allclose, assert_array_equal
 
-from sparsity_jax import interface, losses, masks, models, train, trees
+from sparsity_jax import interface, losses, masks, models, optim, polytopes, train, trees
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +193,9 @@ def test_pruned_weights_stay_zero(problem, optimizer):
         lambda leaf: jnp.arange(leaf.size).reshape(leaf.shape) % 3 != 0, state.params
     )
     state = train.begin(problem, fit, state._replace(masks=kept), numbers)
-    moving = jax.tree.map(lambda leaf: leaf + 1, state.opt_state)
+    moving = jax.tree.map(
+        lambda leaf: leaf + jnp.issubdtype(leaf.dtype, jnp.floating), state.opt_state
+    )
     state = state._replace(opt_state=moving)
     for update in train.fit_epochs(problem, state, fit, numbers, 0):
         state = update.state
@@ -279,3 +281,23 @@ def test_a_state_between_stages_has_no_optimizer(problem):
     bare = interface.without_optimizer(state)
     assert (bare.opt_state, int(bare.step), int(bare.metrics.bad_step)) == ((), 0, -1)
     tiny.same(bare.params, state.params)
+
+
+def test_a_training_that_leaves_its_sets_is_refused_at_its_end(monkeypatch):
+    @functools.wraps(optim.sfw)
+    def leaving(*args, **options):
+        return optax.chain(optim.sfw(*args, **options), optax.scale(-9.0))
+
+    monkeypatch.setitem(optim.OPTIMIZERS, "sfw", leaving)
+    with pytest.raises(ValueError, match="updates began outside"):
+        tiny.trained(tiny.problem(), tiny.fit(dict(tiny.IN_BALL, rescale="none"), epochs=1))
+
+
+def test_sets_of_a_run_are_those_of_one_call(problem):
+    root = train.key_of(0)
+    state = train.State((), (), (), (), 0, root, ())
+    numbers = train.numbers_of(problem, state, [tiny.fit(tiny.SFW)])
+    key = jax.random.fold_in(jax.random.wrap_key_data(root), 1)
+    init = lambda key: problem.init(key)["params"]
+    own = polytopes.for_params(train.shapes_of(problem), key, init=init, **tiny.POLYTOPE)
+    jax.tree.map(assert_array_equal, numbers["sets"], jax.tree.map(jnp.asarray, own))

@@ -45,6 +45,7 @@ class Alive(NamedTuple):
         return ~self.removed[parts].any(-1)
 
     def shape(self, value: Value) -> Shape:
+        """How many entries stay along each axis."""
         return tuple(map(self.count, value.axes))
 
     def count(self, axis: Axis, end: int | None = None) -> int:

@@ -49,6 +49,7 @@ class Labels:
         self._starts: list[int] = []  # the first label of each axis that has new ones
 
     def copy(self) -> "Labels":
+        """The same labels, to be changed apart from these."""
         other = Labels()
         for name, field in vars(self).items():
             setattr(other, name, copy.copy(field))

@@ -36,6 +36,7 @@ class Axis(NamedTuple):
 
     @property
     def size(self) -> int:
+        """Number of entries along it."""
         return len(self.labels)
 
     @property
@@ -55,6 +56,7 @@ class Value(NamedTuple):
 
     @property
     def shape(self) -> Shape:
+        """Sizes of its axes."""
         return tuple(axis.size for axis in self.axes)
 
     @property

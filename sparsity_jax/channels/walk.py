@@ -272,6 +272,7 @@ class Walk:
         return [d for d, axis in enumerate(ins[0].axes) if is_asked(axis)]
 
     def results(self, program: Program) -> Values:
+        """What the walk knows of the results of a program."""
         return self._read(program.values, program.jaxpr.outvars)
 
     def attribute(self, reason: str, primitive: str) -> None:

@@ -162,6 +162,7 @@ class FixedSample(NamedTuple):
         return _spread_order(size, start)
 
     def indices(self, size: int, num: int) -> ndarray:
+        """`num` indices of so many images, or all if there are no more: int [num]."""
         if num >= size:
             return np.arange(size)
         return self.order(size)[:num]

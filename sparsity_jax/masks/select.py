@@ -6,7 +6,13 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.tree_util import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from jax.tree_util import (
+    tree_flatten,
+    tree_leaves,
+    tree_map,
+    tree_map_with_path,
+    tree_unflatten,
+)
 
 from sparsity_jax import platforms, trees
 from sparsity_jax.masks import search
@@ -122,9 +128,35 @@ def full(tree: PyTree) -> PyTree:
 
 
 def apply(tree: PyTree, masks: PyTree) -> PyTree:
-    """`tree` with zeros where `masks` is False (also where the entry is not finite)."""
+    """`tree` with zeros where `masks` is False (also where the entry is not finite).
+
+    masks: bools in the structure and shapes of `tree`. Raises TypeError for masks that are no
+    bools, such as the params, and ValueError for one of another shape than its array; both name it.
+    """
+    _check_masks(tree, masks)
     kept = lambda leaf, mask: jnp.where(mask, leaf, jnp.zeros_like(leaf))
     return tree_map(kept, tree, masks)
+
+
+def _check_masks(tree: PyTree, masks: PyTree) -> None:
+    """Raises what `apply` does."""
+
+    def check(path: tuple, leaf: Array, mask: Array) -> None:
+        name = trees.path_name(path) or "the array"
+        kind = jnp.result_type(mask)
+        if not jnp.issubdtype(kind, jnp.bool_):
+            raise TypeError(
+                f"the mask of {name!r} is {kind}; allowed: bool, in masks.apply(params, masks), "
+                "where the masks come second."
+            )
+        shape = jnp.shape(leaf)
+        if jnp.shape(mask) != shape:
+            raise ValueError(
+                f"the mask of {name!r} has shape {jnp.shape(mask)}; allowed: {shape}, that of its "
+                "array."
+            )
+
+    tree_map_with_path(check, tree, masks)
 
 
 def sparsity(tree: PyTree) -> Array:

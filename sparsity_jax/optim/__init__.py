@@ -5,13 +5,18 @@ A learning rate is a number, an optax schedule (step -> rate) or a `Rate` with s
 such as one that follows the loss: then pass `value=loss` to `update`. Every number may be traced,
 so a sweep over learning rates, momenta or radii is one compiled program.
 
+What holds weights in sets or at zero (`sfw`, `adagrad_sfw`, `projected`, `pruned`) comes last in
+an `optax.chain`; `check` of the optimizer's state tells whether something behind it undid that.
+
 They work in the wrappers of optax; docs/sfw_options.md tells what to know of some. Arrays of no
 entries stay as they are. Sums over steps are float32 or wider whatever the weights are
 (`accumulator_dtype`).
 """
 
 from sparsity_jax.optim.adagrad import adagrad_sfw
+from sparsity_jax.optim.order import check
 from sparsity_jax.optim.penalties import add_l1, add_l2, proximal_l1
+from sparsity_jax.optim.pruning import PrunedState, PruningSchedule, masks_of, pruned
 from sparsity_jax.optim.rates import (
     Rate,
     decrease_3,
@@ -26,7 +31,7 @@ from sparsity_jax.optim.recipe import (
     PENALTIES,
     Config,
     Recipe,
-    check,
+    check_config,
     make,
     needs_norms,
     numbers,
@@ -60,6 +65,8 @@ __all__ = [
     "SCHEDULES",
     "Config",
     "HeavyBallState",
+    "PrunedState",
+    "PruningSchedule",
     "Rate",
     "Recipe",
     "adagrad_sfw",
@@ -67,6 +74,7 @@ __all__ = [
     "add_l1",
     "add_l2",
     "check",
+    "check_config",
     "cosine",
     "decrease_3",
     "decrease_3_180",
@@ -76,6 +84,7 @@ __all__ = [
     "keep",
     "learning_rate",
     "make",
+    "masks_of",
     "momentum_of",
     "multistep",
     "needs_norms",
@@ -87,6 +96,7 @@ __all__ = [
     "program",
     "projected",
     "proximal_l1",
+    "pruned",
     "scale_by_rate",
     "settings",
     "sfw",

@@ -40,7 +40,7 @@ def adagrad_sfw(
     Each update makes `inner_steps` Frank-Wolfe steps on <d, y - w> + ||y - w||_H^2 / (2
     learning_rate) from y = w; unconstrained arrays take its minimiser -learning_rate * d / H. sets:
     as for `sfw`. accumulator_dtype: of the metric and of the averaged gradient d, see
-    `accumulators`.
+    `accumulators`. Its place in an `optax.chain` is that of `sfw`.
     Source: Combettes, Spiegel, Pokutta 2020, arXiv:2009.14114.
     """
     metrics = lambda roots: [widen(r) + delta for r in roots]
@@ -72,7 +72,7 @@ def adagrad_sfw(
         return moved, AdaGradState(root)
 
     average = steps.heavy_ball(momentum, dampening=momentum, accumulator_dtype=accumulator_dtype)
-    return steps.by_averages(init, update, average, learning_rate, weight_decay)
+    return steps.by_averages(init, update, average, sets, learning_rate, weight_decay)
 
 
 class _Quadratic(NamedTuple):

@@ -18,7 +18,7 @@ __all__ = [
     "PENALTIES",
     "Config",
     "Recipe",
-    "check",
+    "check_config",
     "make",
     "needs_norms",
     "no_penalty",
@@ -90,7 +90,7 @@ def settings(
     return {**config, **chosen}
 
 
-def check(config: Mapping[str, Any]) -> Recipe:
+def check_config(config: Mapping[str, Any]) -> Recipe:
     """The recipe of an optimizer config such as `dict(name="sfw", learning_rate=1.0,
     constraint=dict(...), ...)`.
 

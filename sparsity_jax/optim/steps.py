@@ -11,7 +11,7 @@ from jax.tree_util import tree_leaves, tree_map
 from optax import GradientTransformationExtraArgs as Transformation
 
 from sparsity_jax import polytopes, tables, trees
-from sparsity_jax.optim import rates
+from sparsity_jax.optim import order, rates
 from sparsity_jax.optim.rates import LearningRate, Number, Updated
 from sparsity_jax.trees import widen
 from sparsity_jax.types import Fields, PyTree
@@ -204,7 +204,10 @@ def within_sets(inner: Transformation, sets: PyTree) -> Transformation:
 
 
 def projected(inner: optax.GradientTransformation, sets: PyTree) -> Transformation:
-    """Any optimizer whose result is projected (Euclidean) onto the sets after every step."""
+    """Any optimizer whose result is projected (Euclidean) onto the sets after every step.
+
+    It comes last in an `optax.chain`; `optim.check` of its state tells whether it does.
+    """
 
     def pull(sets: Sequence, ws: Sequence[Array], updates: Sequence[Array]) -> list[Array]:
         wide = [widen(w) for w in ws]
@@ -213,10 +216,13 @@ def projected(inner: optax.GradientTransformation, sets: PyTree) -> Transformati
         moves = [end - w for end, w in zip(nearest, wide)]
         return list(map(polytopes.settled, sets, ws, moves))
 
-    def pull_all(updates: PyTree, params: PyTree) -> PyTree:
-        return polytopes.map_together(pull, lambda w, u: u.astype(w.dtype), sets, params, updates)
+    def pull_all(updates: PyTree, broken: order.Broken, params: PyTree, extra: Fields) -> Updated:
+        del extra
+        broken = order.counted(broken, polytopes.outside(sets, params))
+        free = lambda w, u: u.astype(w.dtype)
+        return polytopes.map_together(pull, free, sets, params, updates), broken
 
-    return optax.chain(inner, _stateless(pull_all))
+    return optax.chain(inner, needing_params(order.unbroken, pull_all))
 
 
 def sfw(
@@ -236,8 +242,10 @@ def sfw(
     outside. sets: one feasible set (`polytopes`) for all parameter arrays, or a tree of them;
     unconstrained arrays, where no vertex exists, take the step
     -learning_rate * m (its length is that of `gradient`). accumulator_dtype: of m, see
-    `accumulators`. Raises ValueError where `update` gets no params. Source: Pokutta et al. 2020,
-    arXiv:2010.07243, Algorithm 1.
+    `accumulators`. It comes last in an `optax.chain`, behind clipping, weight decay and penalties:
+    what is behind it may move weights out of their sets, which `optim.check` of the state tells.
+    Raises ValueError where `update` gets no params. Source: Pokutta et al. 2020, arXiv:2010.07243,
+    Algorithm 1.
     """
     tables.convert(rescale, Literal["gradient", "diameter", "none"], "rescale")
 
@@ -255,7 +263,7 @@ def sfw(
         return polytopes.map_together(step, free, sets, params, averages), state
 
     average = heavy_ball(momentum, dampening=momentum, accumulator_dtype=accumulator_dtype)
-    return by_averages(lambda params: (), update, average, learning_rate, weight_decay)
+    return by_averages(lambda params: (), update, average, sets, learning_rate, weight_decay)
 
 
 def frank_wolfe_step_size(
@@ -292,22 +300,25 @@ def by_averages(
     init: Callable,
     update: Callable,
     average: Transformation,
+    sets: PyTree,
     learning_rate: LearningRate,
     weight_decay: Number,
 ) -> Transformation:
     """Weight decay, then `update(averages, state, params, rate)` on the buffer of `average`, whose
-    state starts as `init(params)`.
+    state starts as `init(params)`. Updates that begin outside the sets are counted.
     """
     rate = rates.as_rate(learning_rate)
 
     def start(params: PyTree) -> tuple:
-        return average.init(params), rates.first_state(rate), init(params)
+        own = init(params)
+        return average.init(params), rates.first_state(rate), own, order.unbroken(params)
 
     def step(updates: PyTree, states: Any, params: PyTree, extra: Fields) -> Updated:
-        averaged, rated, state = states
+        averaged, rated, state, broken = states
         _, averaged = average.update(updates, averaged)
         rated = rates.next_state(rate, rated, extra.get("value"))
         updates, state = update(averaged.buffer, state, params, rated.learning_rate)
-        return updates, (averaged, rated, state)
+        broken = order.counted(broken, polytopes.outside(sets, params))
+        return updates, (averaged, rated, state, broken)
 
     return optax.chain(add_decayed_weights(weight_decay), needing_params(start, step))

@@ -7,6 +7,7 @@ one array:
     project(x)       the point of the set nearest to x
     shift_inside(x)  x itself if feasible, else a feasible multiple of x (the original's start:
                      radial, not nearest)
+    gauge(x)         smallest t >= 0 by which the set must be multiplied to hold x: feasible up to 1
     pull_back(x)     a feasible point near x, cheap, for x that rounding took out of the set
     diameter(size)   largest Euclidean distance of two points of the set in R^size
 
@@ -25,10 +26,12 @@ from sparsity_jax.polytopes.sets import (
     broadcast,
     build,
     check,
+    for_params,
     is_set,
     map_arrays,
     map_together,
     mean_norms,
+    outside,
     project_all,
     settled,
     shift_inside,
@@ -46,6 +49,7 @@ __all__ = [
     "broadcast",
     "build",
     "check",
+    "for_params",
     "is_set",
     "k_sparse",
     "l2",
@@ -53,6 +57,7 @@ __all__ = [
     "map_arrays",
     "map_together",
     "mean_norms",
+    "outside",
     "project_all",
     "settled",
     "shift_inside",

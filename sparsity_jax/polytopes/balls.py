@@ -115,6 +115,10 @@ class LpBall:
         root = jnp.where(positive, powers, 1) ** (1 / self.p)
         return scale * jnp.where(positive, root, 0)
 
+    def gauge(self, x: Array) -> Array:
+        """||x||_p / radius, in at least float32."""
+        return self.norm(x) / self.radius
+
     def diameter(self, size: int) -> Number:
         """2 radius size^(1/2 - 1/p) for p >= 2; 2 radius for p = 1."""
         return self.radius * _width(self.p, size)

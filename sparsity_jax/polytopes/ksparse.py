@@ -1,6 +1,7 @@
 """The K-sparse polytope, and what all sets share: how they get their radius and scale points."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -134,6 +135,14 @@ class KSparse:
         length = trees.absolute_sum(clipped)
         budget = self.radius * self.support(x.size)
         return pulled(clipped, length, budget, length > budget)
+
+    def gauge(self, x: Array) -> Array:
+        """The larger of ||x||_1 / (k radius) and ||x||_inf / radius, in at least float32."""
+        wide = widen(x)
+        peak = functools.partial(jnp.max, initial=0)
+        largest = trees.fold(jnp.maximum, peak, jnp.abs, wide)
+        share = trees.absolute_sum(wide) / self.support(x.size)
+        return jnp.maximum(share, largest) / self.radius
 
     def diameter(self, size: int) -> Array:
         """2 radius sqrt(k)."""

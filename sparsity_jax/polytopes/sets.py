@@ -24,10 +24,12 @@ __all__ = [
     "broadcast",
     "build",
     "check",
+    "for_params",
     "is_set",
     "map_arrays",
     "map_together",
     "mean_norms",
+    "outside",
     "project_all",
     "settled",
     "shift_inside",
@@ -42,11 +44,13 @@ class Unconstrained:
     """The whole space: no LMO; optimizers take their gradient step instead."""
 
     def project(self, x: Array) -> Array:
+        """x itself, as it is feasible."""
         return x
 
     shift_inside = pull_back = project
 
     def diameter(self, size: int) -> float:
+        """Infinite."""
         del size
         return math.inf
 
@@ -134,6 +138,21 @@ def shift_inside(params: PyTree, sets: PyTree) -> PyTree:
     return map_arrays(lambda s, x: s.shift_inside(x), sets, params)
 
 
+def outside(sets: PyTree, params: PyTree) -> Array:
+    """Whether some parameter array is outside its set, of which its `gauge` tells.
+
+    Rounding does not count: a gauge up to 1.001 is inside, and in bfloat16 up to 1.016, which is
+    two roundings.
+    """
+
+    def of_bound(sets: Sequence[Any], ws: Sequence[Array]) -> list[Array]:
+        tolerances = [max(1e-3, 2 * float(jnp.finfo(w.dtype).eps)) for w in ws]
+        return [s.gauge(w) > 1 + rest for s, w, rest in zip(sets, ws, tolerances)]
+
+    beyond = map_together(of_bound, lambda _: jnp.zeros((), bool), sets, params)
+    return jnp.any(jnp.array(tree_leaves(beyond), bool))
+
+
 def settled(constraint: ConstraintSet, w: Array, update: Array) -> Array:
     """`update` in the type of the weights `w`, so that they stay in the set.
 
@@ -202,6 +221,34 @@ def build(params: PyTree, norms: PyTree, rules: Sequence[Rule]) -> PyTree:
         return SETS[name](math.prod(leaf.shape), float(norm), **options)
 
     return tree_map(set_of, params, norms, indices)
+
+
+def for_params(
+    params: PyTree,
+    key: Array | None = None,
+    *,
+    init: Callable | None = None,
+    draws: int = 100,
+    **constraint: Any,
+) -> PyTree:
+    """The feasible set of every parameter array, as a run makes them; not traceable.
+
+    params: arrays at their initial values. constraint: the fields of `constraint` in a config, by
+    default a K-sparse polytope for every array: name, its options such as k_frac and tau, and rules
+    for some arrays, e.g. `rules=((".*bias", dict(name="unconstrained")),)`; see `check`.
+    The diameter of a set is 2 tau times the L2 norm of its initial array, or 2 tau where that is
+    0; other modes are those of `k_sparse`. Source: Pokutta et al. 2020, arXiv:2010.07243.
+    key, init: the mean norm over `draws` initialisations `init(key) -> params` instead, which is
+    what a run takes. Raises ConfigError for a wrong constraint, ValueError for one of both alone.
+    """
+    if (key is None) != (init is None):
+        missing = "key" if key is None else "init"
+        raise ValueError(f"{missing} is None; allowed: key and init together, or none of them.")
+    if key is None or init is None:
+        norms = jax.jit(lambda params: tree_map(trees.norm, params))(params)
+    else:
+        norms = mean_norms(init, key, draws=draws)
+    return build(params, jax.device_get(norms), check(constraint))
 
 
 def mean_norms(init_params: Callable, key: Array, *, draws: int = 100) -> PyTree:
