@@ -30,13 +30,13 @@ def run(tx):
 
 def of(config: dict, epochs: int = 3):
     """The transformation of an optimizer config, one step per epoch."""
-    recipe = optim.check(config)
+    recipe = optim.check_config(config)
     return optim.make(recipe, optim.numbers(recipe, PARAMS, None), epochs, 1)
 
 
 @pytest.mark.parametrize("name", sorted({*optim.OPTIMIZERS} - {*OWN}))
 def test_each_is_traced_with_all_its_numbers_and_names_its_rate(name):
-    recipe = optim.check(optim.settings(name, learning_rate=0.25))
+    recipe = optim.check_config(optim.settings(name, learning_rate=0.25))
 
     def step(values):
         tx = optim.make(recipe, values, 2, 3)
@@ -77,7 +77,7 @@ def test_penalties_and_sets_act_as_with_the_own_ones():
 
 def test_a_program_is_shared_by_those_that_differ_in_numbers():
     first, second, other = (
-        optim.check(optim.settings("adamw", **options))
+        optim.check_config(optim.settings("adamw", **options))
         for options in (dict(b1=0.5), dict(weight_decay=0.5), dict(nesterov=True))
     )
     assert optim.program(first) == optim.program(second) != optim.program(other)
@@ -85,11 +85,11 @@ def test_a_program_is_shared_by_those_that_differ_in_numbers():
 
 def test_mistakes_are_told_as_always():
     with tiny.refused("name", "admw", closest="adamw"):
-        optim.check(dict(name="admw"))
+        optim.check_config(dict(name="admw"))
     with tiny.refused("", "weight_deca", closest="weight_decay"):
-        optim.check(dict(name="adamw", weight_deca=0.1))
+        optim.check_config(dict(name="adamw", weight_deca=0.1))
     with tiny.refused("b1", "high", allowed="float"):
-        optim.check(dict(name="adamw", b1="high"))
+        optim.check_config(dict(name="adamw", b1="high"))
     with tiny.refused("", "mask"):  # a function is no plain data
-        optim.check(dict(name="adamw", mask=None))
+        optim.check_config(dict(name="adamw", mask=None))
     assert "muon" in from_optax.optimizers()
