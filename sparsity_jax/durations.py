@@ -103,7 +103,7 @@ class Watch:
         of_run = tqdm.format_interval(left + later)
         if not all_known:
             of_run += "+"
-        parts = [tqdm.format_interval(left), f"run {of_run}"]
+        parts = [f"left {tqdm.format_interval(left)}/{of_run}"]
         if visit.steps:
             parts.append(_speed(visit.steps * rate, "steps"))
             parts.append(_speed(visit.images * rate, "images"))

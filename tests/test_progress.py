@@ -43,13 +43,13 @@ def test_time_left_is_that_of_the_stage_and_of_all_behind_it(clock):
     schedule = of_run()
     first = durations.Watch(schedule, (0, 0))
     clock[0] += 7  # of which 6 compile
-    assert first.told(1 / 60) == ["06:53", "run 13:53+", "3.14 steps/s", "603 images/s"]
+    assert first.told(1 / 60) == ["left 06:53/13:53+", "3.14 steps/s", "603 images/s"]
     clock[0] += 9
     # the first update does not count; the curves are unknown
-    assert first.told(10 / 60) == ["00:50", "run 01:50+", "22.0 steps/s", "4.22k images/s"]
+    assert first.told(10 / 60) == ["left 00:50/01:50+", "22.0 steps/s", "4.22k images/s"]
     curve = durations.Watch(schedule, (0, 1))
     clock[0] += 4
-    assert curve.told(1.0) == ["00:00", "run 01:04"]
+    assert curve.told(1.0) == ["left 00:00/01:04"]
 
 
 def test_a_resumed_stage_is_timed_from_its_first_update_on(clock):
@@ -57,7 +57,7 @@ def test_a_resumed_stage_is_timed_from_its_first_update_on(clock):
     clock[0] += 5
     assert watch.told(0.5) == []
     clock[0] += 1
-    assert watch.told(0.6)[:2] == ["00:04", "run 00:04+"]
+    assert watch.told(0.6)[:1] == ["left 00:04/00:04+"]
 
 
 def test_a_schedule_has_every_stage_of_every_plan_with_its_images():
@@ -109,7 +109,7 @@ def test_a_line_of_80_columns_has_metric_times_and_speed(clock):
             clock[0] += 1
             shown.show(0.5, [dict(epoch=16, train_loss=0.125)])
             *_, line = written().split("\r")
-        told = "00:02, run 00:06+, 330 steps/s, 63.4k images/s"
+        told = "left 00:02/00:06+, 330 steps/s, 63.4k images/s"
         assert re.fullmatch(rf"1/4 fit 50% test 98\.1% \|.+\| {re.escape(told)}", line)
         assert len(line) < 80
         *_, last, end = written().split("\r")
@@ -149,7 +149,7 @@ def test_a_log_gets_a_whole_line_per_epoch(capsys, clock):
     assert "\r" not in printed
     told = printed.splitlines()
     speed = "44.0 steps/s, 8.45k images/s"
-    assert told[1] == f"1/4 fit: 3%, epoch 2, loss 0.5, 00:29, run 00:59+, {speed}"
+    assert told[1] == f"1/4 fit: 3%, epoch 2, loss 0.5, left 00:29/00:59+, {speed}"
     assert len(told) == 4
     assert told[3] == "1/4 fit: done in 1.5 s, loss 0.3333"
 
@@ -173,7 +173,7 @@ def test_a_run_ends_with_the_summary_of_its_page(pages, sketches, capsys, tmp_pa
     assert end == f"report: {tmp_path / 'report.html'}"
     name, *numbers = line.split()
     assert (name, numbers[:2]) == ("run", ["90.00", "81.00"])
-    assert heads.split()[:5] == ["unpruned", "%", "at", "90%", "%"]
+    assert heads.split()[:6] == ["unpruned", "%", "at", "90%", "at", "95%"]
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert all(number in page for number in numbers)
 
@@ -184,8 +184,13 @@ def test_a_run_without_a_summary_ends_without(pages, sketches, capsys, tmp_path)
 
 
 def test_the_summary_is_as_wide_as_the_terminal(pages, monkeypatch):
-    for columns in (50, 300):
+    many = [dict(row, arm=f"network {i}") for i in range(9) for row in ROWS]
+    firsts = {}
+    for columns, rows in ((300, ROWS), (50, ROWS), (55, many)):
         monkeypatch.setenv("COLUMNS", str(columns))
-        lines = report.summary_of({}, ROWS).splitlines()
+        lines = report.summary_of({}, rows).splitlines()
         assert max(map(len, lines)) <= columns
-        assert (len(lines) > 2) == (columns == 50)
+        firsts[columns] = [line.split()[0] for line in lines if line.strip()]
+    assert firsts[300] == ["unpruned", "run"]
+    assert firsts[50][:3] == ["run", "unpruned", "at"]  # on its side: a line per number
+    assert firsts[55].count("network") > 9  # in parts, each with a line per network

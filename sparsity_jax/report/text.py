@@ -23,21 +23,28 @@ def summary_of(config: Fields, rows: Rows, environment: Fields | None = None) ->
 
 
 def text_of(table: Table) -> str:
-    """A table in lines as wide as the terminal; columns that are too many go below the others."""
+    """A table in lines as wide as the terminal: upright, else on its side, else in parts."""
     shown = table.rows[:MOST_LINES]
     heads = [_plain(cell) for cell in table.heads]
     lines = [[_plain(cell) for cell in row] for row in shown]
     frame = pd.DataFrame(lines, columns=heads)
     named = frame.set_index(heads[0]).rename_axis(None)
-    columns = shutil.get_terminal_size().columns
-    text = named.to_string(line_width=columns)
+    text = _fitting(named, shutil.get_terminal_size().columns)
     return text + only_first(MOST_LINES, len(table.rows), "lines")
+
+
+def _fitting(frame: pd.DataFrame, columns: int) -> str:
+    for shown in (frame, frame.T):
+        text = shown.to_string()
+        if max(map(len, text.splitlines())) <= columns:
+            return text
+    return frame.to_string(line_width=columns)
 
 
 def _plain(cell: Cell | str) -> str:
     """What a cell says."""
     if isinstance(cell, str):
         return cell
-    if cell.small:
+    if cell.small and not cell.text.endswith(cell.small):
         return f"{cell.text} {cell.small}"
     return cell.text
