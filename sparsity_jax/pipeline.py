@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -48,6 +48,7 @@ __all__ = [
     "check",
     "plain",
     "run",
+    "run_member",
     "settings",
     "stage",
 ]
@@ -120,6 +121,25 @@ def run(
     if diverged:
         raise NonFiniteLossError("\n".join(diverged))
     return outcome
+
+
+def run_member(config: Config, workdir: AnyPath, number: int, **options: Any) -> Outcome:
+    """Runs, or continues, one member of the sweep of `config` alone, in `workdir/member_NNN`.
+
+    Nothing is shared but the folder, so that members may run at the same time, on any machines:
+    array jobs of Slurm, indexed jobs of Kubernetes. `report` and `compare` of `workdir` read all
+    that are there. A member that a whole run trains side by side with others has the same numbers
+    but for rounding, all others the very same. number: counted from 0. options: those of `run`.
+    Raises what `run` does, and ConfigError for a number that no member has.
+    """
+    config = plain(config)
+    workdir = Path(workdir)
+    workdirs.check_path(workdir)
+    use_deterministic(config.get("deterministic", False))
+    use_platform(config.get("platform", "default"))
+    with imports.telling_files(workdir):
+        own_config = turns.alone(config, number)
+    return run(own_config, workdir / workdirs.member_name(number), **options)
 
 
 # The stages of one plan ---------------------------------------------------------------------------

@@ -5,6 +5,7 @@ what configs can name; `--describe` what a config can say.
 
 import ast
 import atexit
+import functools
 import gc
 import logging
 import os
@@ -41,6 +42,12 @@ _LIST = flags.DEFINE_string(
     None,
     "Print what configs can name, a line each: configs, variants, stages, models, measures, "
     "optimizers or data; all of them without a kind. Nothing runs.",
+)
+_MEMBER = flags.DEFINE_integer(
+    "member",
+    None,
+    "Number of one member of a sweep, from 0, which runs alone in its folder of --workdir.",
+    lower_bound=0,
 )
 _CACHE = flags.DEFINE_bool(compilation.FLAG, True, compilation.HELP)
 _LOCK_SECONDS = flags.DEFINE_float(
@@ -209,7 +216,10 @@ def main(argv: list[str]) -> None:
         if _CACHE.value:
             compilation.keep()
         command = f"python -m sparsity_jax.run {shlex.join(sys.argv[1:])}"
-        pipeline.run(
+        run = pipeline.run
+        if _MEMBER.value is not None:
+            run = functools.partial(pipeline.run_member, number=_MEMBER.value)
+        run(
             config,
             workdir,
             command=command,

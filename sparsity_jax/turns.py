@@ -4,14 +4,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sparsity_jax import building, members, report, stopping, workdirs
+from sparsity_jax import building, members, plans, report, stopping, workdirs
 from sparsity_jax.plans import Plan
 from sparsity_jax.report import Writer
+from sparsity_jax.tables import ConfigError
 from sparsity_jax.train import NonFiniteLossError, State
 from sparsity_jax.types import Config, Fields, Rows
 from sparsity_jax.workdirs import say
 
-__all__ = ["RunPlan", "run_all"]
+__all__ = ["RunPlan", "alone", "run_all"]
 
 RunPlan = Callable[[Plan, Path, Fields], tuple[State, Rows]]
 
@@ -46,6 +47,24 @@ def run_all(
         rows += workdirs.renumbered(new, first)
         Writer(workdir, rows).close()
     return state, rows, diverged
+
+
+def alone(config: Config, number: int) -> Fields:
+    """The config that makes one member of a sweep alone, as in its turn.
+
+    Raises ConfigError for a mistake in the config, and for a number that no member has.
+    """
+    every = plans.check(config)
+    networks = [member for plan in every for member in plan.members]
+    if not 0 <= number < len(networks):
+        raise ConfigError("--member", number, allowed=f"0 to {len(networks) - 1}")
+    (together,) = [plan for plan in every if number in plan.numbers]
+    if together.size:
+        say(f"a whole run trains {together.name} in one program; alone, rounding may differ")
+    plan = Plan([number], [networks[number]], together.common)
+    start = building.origin_of(plan, len(networks))
+    plan = plan._replace(common={**plan.common, "start_from": start})
+    return _config_of(plan, config)
 
 
 def _config_of(plan: Plan, config: Config) -> Fields:

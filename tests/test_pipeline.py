@@ -19,6 +19,7 @@ from sparsity_jax import (
     plans,
     progress,
     report,
+    runs,
     stopping,
     tables,
     train,
@@ -460,9 +461,9 @@ def test_both_modes_of_a_sweep_give_the_rows_of_single_runs(tmp_path):
     assert len(compiled) == len(set(compiled))  # both members share every program
     assert len(together.rows) == len(loop.rows) == 10
     of = lambda rows, rate: [row for row in rows if row["fit.optimizer.learning_rate"] == rate]
-    for rate in (0.02, 0.2):
-        alone = tiny.config("fit", "curve", fit=stage(optimizer=dict(tiny.SGD, learning_rate=rate)))
-        single = pipeline.run(alone, tmp_path / f"single{rate}").rows
+    whole = tiny.config("fit", "curve", sweep=sweep)
+    for number, rate in enumerate((0.02, 0.2)):
+        single = pipeline.run_member(whole, tmp_path / "alone", number).rows
         for a, b, c in zip(of(together.rows, rate), of(loop.rows, rate), single, strict=True):
             assert (a["stage"], a.get("epoch"), a.get("ratio")) == (
                 c["stage"],
@@ -473,6 +474,10 @@ def test_both_modes_of_a_sweep_give_the_rows_of_single_runs(tmp_path):
             assert_allclose([a[loss], b[loss]], c[loss], rtol=1e-4)
             assert b[loss] == c[loss]  # the very same program
     assert {row["member"] for row in loop.rows} == {0, 1}
+    found = runs.load(tmp_path / "alone").groupby("fit.optimizer.learning_rate")["loss"].last()
+    assert found.to_list() == [of(loop.rows, rate)[-1]["loss"] for rate in (0.02, 0.2)]
+    with tiny.refused("--member", 2, allowed="0 to 1"):
+        pipeline.run_member(whole, tmp_path / "alone", 2)
 
 
 def test_networks_with_convolutions_are_known_by_their_shapes():

@@ -757,7 +757,7 @@ def test_main_gathers_member_workdirs(tmp_path):
     for i, value in enumerate((0.5, 0.7)):
         with report.Writer(tmp_path / f"member_{i}") as writer:
             writer.append([curve_row("A", 0, 0.0, value)])
-    (tmp_path / "member_0" / "config.json").write_text("{}")
+        (tmp_path / f"member_{i}" / "config.json").write_text(json.dumps({"seed": i}))
     _, rows, environment = report.gather(tmp_path)
     assert [row["member"] for row in rows] == [0, 1]
     assert environment is None

@@ -2910,6 +2910,16 @@ MUTATIONS = (
         "test_train.py",
         "leaves_its_sets",
     ),
+    Mutation(
+        810,
+        "wrong index",
+        "a member that runs alone is always the first of its sweep",
+        "turns.py",
+        "[networks[number]]",
+        "[networks[0]]",
+        "test_pipeline.py",
+        "both_modes",
+    ),
 )
 
 

@@ -49,9 +49,8 @@ def runs_in(workdir: AnyPath) -> list[Run]:
         raise FileNotFoundError(f"{folder} is not a folder; give the workdir of a run.")
     every = workdirs.member_folders(folder)
     parts = {number: own for number, own in every.items() if _has_rows(own)}
-    if parts:
-        place = folder if workdirs.holds_run(folder) else next(iter(parts.values()))
-        return [_read_run(place, parts)]
+    if parts and workdirs.holds_run(folder):
+        return [_read_run(folder, parts)]
     inside = sorted(folder.iterdir())
     folders = [folder] if _has_rows(folder) else list(filter(_has_rows, inside))
     if not folders:
