@@ -94,5 +94,21 @@ plt.show()
 # sparsity-jax evaluate --workdir runs/first --label SFW
 
 # %% [markdown]
+# ## Where it comes from
+#
+# Every run, and every page, tells what made its numbers: versions, the git commit of library and
+# config, date, hardware, seed and command.
+
+# %%
+import json
+from pathlib import Path
+
+about = json.loads(Path("runs/first/environment.json").read_text())
+{name: about[name] for name in ("sparsity_jax", "jax", "date", "cpu", "cores", "device", "command")}
+
+# %% [markdown]
+# `--config.log='("wandb",)'` or `("mlflow",)` sends all numbers to Weights & Biases or MLflow, too,
+# see [Compare runs](../compare.md).
+#
 # Next: [your own network and data](own_network.md), or [sweep and compare](sweep_and_compare.md).
 # What a run does when it is stopped, and all options of configs, are in the how-to pages.

@@ -13,7 +13,8 @@ import optax
 from sparsity_jax import data, losses
 
 digits = data.load(name="digits")
-flat = lambda images: jnp.asarray(images, jnp.float32).reshape(len(images), -1) / 16
+scaled = lambda images: (jnp.asarray(images, jnp.float32) / 255 - 0.3) / 0.4
+flat = lambda images: scaled(images).reshape(len(images), -1)
 images, labels = flat(digits.train.images), jnp.asarray(digits.train.labels)
 test_images, test_labels = flat(digits.test.images), jnp.asarray(digits.test.labels)
 
@@ -79,16 +80,16 @@ plt.show()
 #
 # Stochastic Frank-Wolfe in K-sparse polytopes makes a network that can be pruned afterwards, to any
 # sparsity, without training again. `polytopes.for_params` makes the set of every array,
-# `shift_inside` moves the start into them.
+# `shift_inside` moves the start into them. A step goes a share of the way to a vertex:
+# the rate.
 
 # %%
 from sparsity_jax import polytopes
 
 sets = polytopes.for_params(start, k=10, k_frac=0.01, tau=15.0)
 inside = polytopes.shift_inside(start, sets)
-steps = 600
-rate = optax.cosine_decay_schedule(0.3, steps)
-sparse, state, _ = train(optim.sfw(rate, sets), inside, steps)
+rate = optax.cosine_decay_schedule(1.0, 400)
+sparse, state, _ = train(optim.sfw(rate, sets), inside, 400)
 optim.check(state)  # no update began outside a set
 print(f"test accuracy {accuracy(sparse):.1%}")
 

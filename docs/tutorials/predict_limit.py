@@ -27,7 +27,7 @@ class Net(nnx.Module):
 
 digits = data.load(name="digits")
 flat = lambda split: (
-    jnp.asarray(split.images, jnp.float32).reshape(len(split.images), -1) / 16,
+    jnp.asarray(split.images, jnp.float32).reshape(len(split.images), -1) / 255,
     jnp.asarray(split.labels),
 )
 train, test = flat(digits.train), flat(digits.test)

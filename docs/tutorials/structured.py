@@ -29,7 +29,7 @@ params = {
 }
 
 digits = data.load(name="digits")
-flat = lambda images: jnp.asarray(images, jnp.float32).reshape(len(images), -1) / 16
+flat = lambda images: jnp.asarray(images, jnp.float32).reshape(len(images), -1) / 255
 images, labels = flat(digits.train.images), jnp.asarray(digits.train.labels)
 
 
