@@ -83,6 +83,13 @@ setuptools.setup(
     ],
     extras_require={
         "cuda": ["jax[cuda12]>=0.10"],
+        "docs": [
+            "equinox>=0.13",
+            "ipykernel>=6.29",
+            "jupytext>=1.16",
+            "nbclient>=0.10",
+            "nbconvert>=7.16",
+        ],
         "prepare": ["tensorflow-cpu>=2.18", "importlib_resources"],
         "wandb": ["wandb>=0.18"],
         "mlflow": ["mlflow-skinny>=2.16"],
