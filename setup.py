@@ -83,7 +83,7 @@ setuptools.setup(
     ],
     extras_require={
         "cuda": ["jax[cuda12]>=0.10"],
-        "docs": ["mkdocs>=1.6", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"],
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.30"],
         "prepare": ["tensorflow-cpu>=2.18", "importlib_resources"],
         "wandb": ["wandb>=0.18"],
         "mlflow": ["mlflow-skinny>=2.16"],

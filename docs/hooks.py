@@ -140,7 +140,7 @@ def contents() -> str:
     lines = ["# All public names", ""]
     for module in documented():
         docstring = package()[module].docstring
-        sentence = re.split(r"(?<=[.:])\s|\n\n", docstring.value)[0] if docstring else ""
+        sentence = re.split(r"(?<=\.)\s|\n\n", docstring.value)[0] if docstring else ""
         lines.append(f"- [{module}]({module}.md): {' '.join(sentence.split())}")
     return "\n".join(lines) + "\n"
 
