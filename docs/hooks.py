@@ -34,7 +34,9 @@ BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 @functools.cache
 def package() -> griffe.Module:
     """What the files of the package say, without importing them."""
-    return griffe.load("sparsity_jax", search_paths=[str(ROOT)])
+    loaded = griffe.load("sparsity_jax", search_paths=[str(ROOT)])
+    assert isinstance(loaded, griffe.Module)
+    return loaded
 
 
 def modules_of(module: griffe.Module) -> list[griffe.Module]:
@@ -46,60 +48,83 @@ def modules_of(module: griffe.Module) -> list[griffe.Module]:
     return inside
 
 
+def exported(module: griffe.Module) -> list[str]:
+    """Its `__all__`; none without one."""
+    return [str(name) for name in module.exports or []]
+
+
+def defined_at(member: griffe.Object | griffe.Alias) -> str:
+    """The dotted name where a member is defined, which an import in its module may have."""
+    if isinstance(member, griffe.Alias):
+        return member.target_path
+    return member.path
+
+
 def listed(module: griffe.Module) -> list[str]:
     """Dotted names of `__all__`, and of those of the modules inside that it does not list too."""
+    shown = {defined_at(module.members[name]) for name in exported(module)}
     names = []
-    shown = set()
     for part in modules_of(module):
-        for name in part.exports or []:
-            member = part.members[str(name)]
-            defined = member.target_path if member.is_alias else member.path
-            if part is module:
-                shown.add(defined)
-            elif defined in shown:
-                continue
-            names.append(f"{part.path}.{name}")
+        for name in exported(part):
+            own = part is module
+            if own or defined_at(part.members[name]) not in shown:
+                names.append(f"{part.path}.{name}")
     return names
 
 
 @functools.cache
 def documented() -> dict[str, list[str]]:
     """The names that the page of every module shows."""
-    modules = sorted(package().modules.items())
-    return {name: listed(module) for name, module in modules if listed(module)}
+    pages = {}
+    for name, module in sorted(package().modules.items()):
+        names = listed(module)
+        if names:
+            pages[name] = names
+    return pages
 
 
-def used_in(source: str) -> set[str]:
-    """Dotted names of the package that Python code reads."""
-    tree = ast.parse(source)
+def imported_in(tree: ast.Module) -> dict[str, str]:
+    """What the names that code imports stand for."""
     imported = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 imported[alias.asname or alias.name] = alias.name
-        elif isinstance(node, ast.ImportFrom):
+        if isinstance(node, ast.ImportFrom):
             for alias in node.names:
                 imported[alias.asname or alias.name] = f"{node.module}.{alias.name}"
+    return imported
+
+
+def used_in(source: str) -> set[str]:
+    """Dotted names that Python code imports or reads."""
+    tree = ast.parse(source)
+    imported = imported_in(tree)
     used = set(imported.values())
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
-            first, dot, rest = ast.unparse(node).partition(".")
-            used.add(f"{imported.get(first, first)}{dot}{rest}")
+            first, _, rest = ast.unparse(node).partition(".")
+            module = imported.get(first, first)
+            used.add(f"{module}.{rest}")
     return used
 
 
 @functools.cache
-def examples() -> dict[str, list[str]]:
-    """Pages with code that uses a name, by the name; those with the fewest names come first."""
-    pages = {}
-    for file in [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]:
-        blocks = BLOCK.findall(file.read_text(encoding="utf-8"))
-        used = set().union(*map(used_in, blocks))
-        pages[page_of(str(file.relative_to(ROOT)))] = used
-    found = {}
+def examples() -> dict[str, str]:
+    """The page with code that uses a name, by the name: of several the one with fewest names."""
+    docs = ROOT / "docs"
+    files = sorted(docs.glob("**/*.md"))
+    names = ["index.md", *(str(file.relative_to(docs)) for file in files)]
+    pages: dict[str, set[str]] = {}
+    for page in names:
+        text = (ROOT / document_of(page)).read_text(encoding="utf-8")
+        pages[page] = set()
+        for block in BLOCK.findall(text):
+            pages[page] |= used_in(block)
+    found: dict[str, str] = {}
     for page in sorted(pages, key=lambda page: len(pages[page])):
         for name in pages[page]:
-            found.setdefault(name, []).append(page)
+            found.setdefault(name, page)
     return found
 
 
@@ -119,19 +144,24 @@ def document_of(page: str) -> str:
     return documents.get(page, f"docs/{page}")
 
 
+def entry(name: str) -> str:
+    """What the reference has of a dotted name."""
+    member = package()[name.removeprefix("sparsity_jax.")]
+    defined = defined_at(member)
+    if not defined.startswith("sparsity_jax."):
+        return f"## {member.name} {{#{name}}}\n\n`{defined}`"
+    shown = f"::: {name}"
+    if name in examples():
+        target = posixpath.relpath(examples()[name], "reference")
+        shown += f'\n\n[Example]({target}){{.example title="{name}"}}'
+    return shown
+
+
 def reference(module: str) -> str:
     """The page of a module in Markdown."""
     options = "{show_root_heading: false, members: false}"
     pieces = [f"# {module}", f"::: sparsity_jax.{module}\n    options: {options}"]
-    for name in documented()[module]:
-        defined = package()[name.removeprefix("sparsity_jax.")]
-        if defined.is_alias and not defined.target_path.startswith("sparsity_jax."):
-            pieces.append(f"## {defined.name} {{#{name}}}\n\n`{defined.target_path}`")
-            continue
-        pieces.append(f"::: {name}")
-        if pages := examples().get(name):
-            target = posixpath.relpath(pages[0], "reference")
-            pieces.append(f'[Example]({target}){{.example title="{name}"}}')
+    pieces += map(entry, documented()[module])
     return "\n\n".join(pieces) + "\n"
 
 
@@ -147,6 +177,7 @@ def contents() -> str:
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     pages = [{module: f"reference/{module}.md"} for module in documented()]
+    assert config.nav is not None
     config.nav.append({"Reference": ["reference/index.md", *pages]})
     return config
 
@@ -171,7 +202,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         document = posixpath.normpath(posixpath.join(folder, target))
         found = page_of(document)
         if found and files.get_file_from_path(found):
-            return f"[{text}]({posixpath.relpath(found, posixpath.dirname(here))}{anchor or ''})"
+            address = posixpath.relpath(found, posixpath.dirname(here)) + (anchor or "")
+            return f"[{text}]({address})"
         if (ROOT / document).exists():
             return f"{text} (`{document}`)"
         return match[0]

@@ -1,7 +1,7 @@
 """Checks the built documentation: `python experiments/check_site.py build/site`.
 
 Every name of an `__all__` of the package has its place in the reference, and no page loads
-anything from another host. Prints, by module, which public functions have no example.
+anything from another host. Prints which public functions have no example.
 """
 
 import html.parser
@@ -41,39 +41,50 @@ class Reader(html.parser.HTMLParser):
 
 def modules() -> list[types.ModuleType]:
     """All that list public names, without programs that run when they are imported."""
-    package = sparsity_jax.__path__
-    found = [module.name for module in pkgutil.walk_packages(package, "sparsity_jax.")]
-    imported = [importlib.import_module(name) for name in found if "__main__" not in name]
-    return [module for module in imported if hasattr(module, "__all__")]
+    found = []
+    for described in pkgutil.walk_packages(sparsity_jax.__path__, "sparsity_jax."):
+        if described.name.endswith("__main__"):
+            continue
+        module = importlib.import_module(described.name)
+        if hasattr(module, "__all__"):
+            found.append(module)
+    return found
 
 
 def missing(module: types.ModuleType, places: set[str]) -> list[str]:
     """Names of the module that have no place, of their own or of the package that lists them."""
-    parent = importlib.import_module(module.__name__.rpartition(".")[0])
+    path = module.__name__
+    parent = importlib.import_module(path.rpartition(".")[0])
     absent = []
     for name in module.__all__:
-        again = getattr(parent, name, None) is getattr(module, name)
-        owners = [module, parent] if again else [module]
-        if not any(f"{owner.__name__}.{name}" in places for owner in owners):
-            absent.append(f"{module.__name__}.{name}")
+        allowed = {f"{path}.{name}"}
+        if getattr(parent, name, None) is getattr(module, name):
+            allowed.add(f"{parent.__name__}.{name}")
+        if not allowed & places:
+            absent.append(f"{path}.{name}")
     return absent
 
 
+def functions_of(module: types.ModuleType) -> list[str]:
+    """Dotted names of its public functions."""
+    functions = []
+    for name in module.__all__:
+        value = inspect.unwrap(getattr(module, name))
+        if inspect.isfunction(value):
+            functions.append(f"{module.__name__}.{name}")
+    return functions
+
+
 def report_examples(shown: set[str]) -> None:
-    """Prints a line per module that users import, and the total."""
-    total = 0
-    with_example = 0
-    for short in sparsity_jax._MODULES:
-        module = importlib.import_module(f"sparsity_jax.{short}")
-        values = {name: inspect.unwrap(getattr(module, name)) for name in module.__all__}
-        functions = [name for name, value in values.items() if inspect.isfunction(value)]
-        lacking = [name for name in functions if f"{module.__name__}.{name}" not in shown]
-        total += len(functions)
-        with_example += len(functions) - len(lacking)
-        print(
-            f"{short}: {len(functions)} functions, without example: {' '.join(lacking) or 'none'}"
-        )
-    print(f"{with_example} of {total} public functions have an example")
+    """Prints the functions without an example of the modules that users import, and numbers."""
+    functions = []
+    for name in sparsity_jax._MODULES:
+        module = importlib.import_module(f"sparsity_jax.{name}")
+        functions += functions_of(module)
+    lacking = [name for name in functions if name not in shown]
+    print("without an example:", *lacking)
+    number = len(functions) - len(lacking)
+    print(f"{number} of {len(functions)} public functions have an example")
 
 
 def main(folder: str) -> int:
