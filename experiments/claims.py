@@ -1,4 +1,4 @@
-"""Writes the measured numbers of README.md and of the ledger from the rows kept in this folder.
+"""Writes the measured numbers of README.md, docs/studies.md and the ledger, from rows kept here.
 
     python experiments/claims.py            replaces every number that differs from its rows
     python experiments/claims.py --check    only says which differ, and then exits with 1
@@ -21,6 +21,7 @@ from sparsity_jax.report import sections, series, summary
 
 HERE = pathlib.Path(__file__).resolve().parent
 README, LEDGER = HERE.parent / "README.md", HERE / "LEDGER.md"
+PAGE = HERE.parent / "docs" / "studies.md"
 NUMBER = r"\d[\d.,]*(?: ± \d[\d.,]*)?"
 ROWS_LINK = r"\(\[rows\]\(([^)\s]+)\)\)"  # in the ledger, behind the numbers of a run
 STOPS = (0.5, 0.7, 0.8, 0.9, 0.95)  # ratios of a curve that a filled row tells
@@ -127,7 +128,7 @@ def small_cnn() -> list[Claim]:
     sgd, sfw = ([percent(cells[str(stop)]) for stop in stops] for cells in lines.values())
     study = HERE / "cifar10_small_cnn" / "README.md"
     return [
-        Claim(README, "90 % removed: SFW {} of {}, SGD {} of {}", [sfw[4], sfw[0], sgd[4], sgd[0]]),
+        Claim(PAGE, "90 % removed: SFW {} of {}, SGD {} of {}", [sfw[4], sfw[0], sgd[4], sgd[0]]),
         Claim(
             LEDGER,
             "SFW {} % dense, {} at 90 %, {} at 95 %, {} at 98 %; SGD {}, {}, {}, {}",
@@ -145,7 +146,7 @@ def resnet18() -> list[Claim]:
     text = "dense {} %, at 50 %: {}, 70 %: {}, 80 %: {}, 90 %: {}, 95 %: {}"
     return [
         Claim(LEDGER, f"JPEG copy of CIFAR-10: {text}", sgd[:-1]),
-        Claim(README, "ResNet-18, CIFAR-10, SGD: {} %, {} % with 90 % removed", [sgd[0], sgd[4]]),
+        Claim(PAGE, "ResNet-18, CIFAR-10, SGD: {} %, {} % with 90 % removed", [sgd[0], sgd[4]]),
         Claim(HERE / "sfw_oneshot" / "README.md", "| SGD |" + " {} |" * 7, sgd),
     ]
 
@@ -163,7 +164,7 @@ def digits_limit() -> list[Claim]:
     )
     defined = extent([value for row in (hessian, gauss_newton) for value in row["actual"].values()])
     return [
-        Claim(README, f"{text}, actual {{}} %", [*ends, percent(actual)]),
+        Claim(PAGE, f"{text}, actual {{}} %", [*ends, percent(actual)]),
         Claim(
             LEDGER,
             f"{text}{ledger}{{}} to {{}} % by definition",
@@ -208,12 +209,12 @@ def cifar_limit() -> list[Claim]:
         ),
         Claim(LEDGER, f"{first}; seed 1: {own}; seed 2 {again}, dense {{}} %", fc12_numbers),
         Claim(
-            README,
+            PAGE,
             "FC5: predicted {} to {} %, actual {} to {} %",
             extent(predicted(whole)) + extent(searched(fc5)),
         ),
         Claim(
-            README,
+            PAGE,
             "FC12: {} to {} %, actual {} to {} %",
             extent(predicted(fc12)) + extent(searched(fc12)),
         ),
@@ -224,7 +225,7 @@ def gradient_flow() -> list[Claim]:
     measures = ("loss_based", "grasp", "mag_based")
     final = [percent(last_accuracy(f"gradient_flow/{measure}.jsonl")) for measure in measures]
     text = ", ".join(f"`{measure}` {{}} %" for measure in measures)
-    return [Claim(README, text, final), Claim(LEDGER, text, final)]
+    return [Claim(PAGE, text, final), Claim(LEDGER, text, final)]
 
 
 def growing() -> list[Claim]:
@@ -239,13 +240,13 @@ def growing() -> list[Claim]:
     )
     short = [percent(values[0]) for values in (greg1, greg2, l1, longer)]
     return [
-        Claim(README, "half of all channels removed: {} % of {} %", accuracy),
+        Claim(PAGE, "half of all channels removed: {} % of {} %", accuracy),
         Claim(
             LEDGER,
             "unpruned {} %, pruned {} %; {} of {} parameters and {} % of the FLOPs stay",
             [*reversed(accuracy), *sizes, flops],
         ),
-        Claim(README, "GReg-1 {} %, GReg-2 {} %, L1 {} %, but L1 trained as long {} %", short),
+        Claim(PAGE, "GReg-1 {} %, GReg-2 {} %, L1 {} %, but L1 trained as long {} %", short),
         Claim(
             LEDGER,
             "unpruned {} %, L1 {}, GReg-1 {}, GReg-2 {}, L1 of as many steps {}",

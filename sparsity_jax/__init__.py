@@ -6,7 +6,7 @@ studies.
 
     kept = sj.masks.full(params)  # modules are imported when they are first used
 
-README.md lists the modules by layer.
+docs/layout.md lists the modules by layer.
 """
 
 import importlib

@@ -27,25 +27,8 @@ from sparsity_jax import (
 from sparsity_jax.channels import execute, rules
 
 ROOT = tiny.ROOT
-DOCUMENTS = (
-    *(
-        "README.md",
-        "docs/sfw_options.md",
-        "docs/geometric_limit.md",
-        "docs/gradient_flow.md",
-        "docs/greg.md",
-    ),
-    *(
-        "docs/install.md",
-        "docs/pretrained.md",
-        "docs/streaming.md",
-        "docs/teach_a_primitive.md",
-        "docs/compare.md",
-        "docs/your_own.md",
-        "docs/your_loop.md",
-        "experiments/LEDGER.md",
-    ),
-)
+PAGES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/**/*.md"))
+DOCUMENTS = ("README.md", *PAGES, "experiments/LEDGER.md")
 STUDIES = tuple(
     sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("experiments/*/README.md"))
 )
