@@ -6,10 +6,10 @@ Each page gives NAME_1400_light.png and three more, of its upper part, with few 
 docs/screenshots are of these runs, and of a comparison of quickstart with another learning rate:
 
     python -m sparsity_jax.run --config configs/quickstart.py --workdir runs/quickstart
-    python -m sparsity_jax.run --config configs/sfw_oneshot.py:data=digits,arch=mlp,epochs=15 \\
-        --workdir runs/sfw_oneshot
+    python -m sparsity_jax.run --workdir runs/sfw_oneshot \\
+        --config configs/sfw_oneshot.py:data=digits,arch=mlp,epochs=15,sfw_init=1
     python -m sparsity_jax.run --config configs/toy_cnn.py:mlp --config.fit.epochs=8 \\
-        --workdir runs/toy_cnn
+        '--config.sweep.seed=(0, 1)' --workdir runs/toy_cnn
     python -m sparsity_jax.run --config configs/geometric_limit.py:digits \\
         --workdir runs/geometric_limit
     python -m sparsity_jax.run --config configs/gradient_flow.py:digits \\
@@ -28,7 +28,7 @@ from PIL import Image
 from playwright.sync_api import Browser, sync_playwright
 
 HEIGHTS = {1400: 1300, 420: 1500}  # pixels of a screenshot by its width
-COLORS = 64
+COLORS = 96
 
 
 def screenshot(browser: Browser, path: pathlib.Path, width: int, scheme: str) -> Image.Image:
@@ -39,7 +39,7 @@ def screenshot(browser: Browser, path: pathlib.Path, width: int, scheme: str) ->
     image = Image.open(io.BytesIO(page.screenshot()))
     page.close()
     return image.convert("RGB").quantize(
-        COLORS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE
+        COLORS, Image.Quantize.MAXCOVERAGE, kmeans=3, dither=Image.Dither.NONE
     )
 
 
