@@ -18,17 +18,22 @@ _BANDS = "Bands: ± one standard deviation over networks."
 def sizes(grouped: Grouped) -> Shown:
     """Accuracy of trained networks against the share that was removed from them before."""
     told = series.frame(grouped, *series.TRAINING, fields=("test_accuracy",)).dropna()
-    networks = [row["network"] for row in told["row"]]
-    removed = [network["removed"] or ("", 0.0) for network in networks]
-    told[["what", "removed"]] = pd.DataFrame(removed, told.index, ["what", "removed"])
-    told["accuracy"] = [
-        number(network.get("pruned" if network["removed"] else "dense")) for network in networks
-    ]
+    what = []
+    share = []
+    accuracy = []
+    for row in told["row"]:
+        network = row["network"]
+        removed = network["removed"] or ("", 0.0)
+        known = network.get("pruned" if network["removed"] else "dense")
+        what.append(removed[0])
+        share.append(removed[1])
+        accuracy.append(number(known))
+    told = told.assign(what=what, removed=share, accuracy=accuracy)
     last = told.drop_duplicates(["series", "member", "what", "removed"], keep="last")
     lines = []
-    for what in sorted({*last["what"]} - {""}):
-        points = last[last["what"].isin(["", what])]
-        panel = f"{what.capitalize()} removed"
+    for name in sorted(set(what) - {""}):
+        points = last[last["what"].isin(["", name])]
+        panel = f"{name.capitalize()} removed"
         lines.append(draw.points(points, "removed", "accuracy", panel))
     return draw.section(
         "Accuracy by size",
