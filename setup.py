@@ -96,6 +96,7 @@ setuptools.setup(
         "prepare": ["tensorflow-cpu>=2.18", "importlib_resources"],
         "wandb": ["wandb>=0.18"],
         "mlflow": ["mlflow-skinny>=2.16"],
+        "browser": ["playwright>=1.48"],  # for tests/test_browser.py, with a Chromium
         "test": [
             "build>=1.2",
             "equinox>=0.13",

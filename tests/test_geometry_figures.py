@@ -228,9 +228,9 @@ def test_networks_and_their_names():
     assert one.label == ""
     assert len(series.curves([one], split="train")) == 20
     labels = [network.label for network in networks_of(all_rows(members=2))]
-    assert labels == ["fit, network 0 seed=0", "fit, network 1 seed=1"]
+    assert labels == ["fit, seed=0", "fit, seed=1"]
     two_arms = [row | {"arm": arm} for arm in ("A", "B") for row in all_rows()]
-    assert [network.label for network in networks_of(two_arms)] == ["A, network 0", "B, network 0"]
+    assert [network.label for network in networks_of(two_arms)] == ["A", "B"]
     assert networks_of(curve_rows()) == []
 
 
@@ -309,18 +309,33 @@ def test_verdicts_say_how_far_to_trust():
 
 def test_verdicts_know_the_gradient():
     caution = lambda *rows: limits.verdicts(networks_of(rows))[0][2]
-    row = width_row(operator="absolute", width=0.004)  # 96 % predicted, ε 0.00354
+    unknown = dict(operator="absolute", actual={})
+    row = width_row(**unknown, width=0.004)  # 96 % predicted, ε 0.00354
     assert caution(row, *path_rows(slope=-0.002)) == ""  # under half of ε
     told = caution(row, *path_rows(slope=-0.004))
     assert "changes the loss by -0.002 on the way there" in told
     assert told.endswith("expect a larger actual limit.")
     both = [row, *path_rows(slope=-0.004), row | {"member": 1}, *path_rows(1, slope=0.01)]
     assert caution(*both).endswith("expect a smaller actual limit.")  # of the worst network
-    beyond = width_row(operator="absolute", predicted=0.995, width=0.004)  # nothing measured there
+    beyond = width_row(**unknown, predicted=0.995, width=0.004)  # nothing measured there
     assert caution(beyond, *path_rows(slope=-0.004)) == ""
-    wide = width_row(operator="absolute", width=0.02)
+    wide = width_row(**unknown, width=0.02)
     told = caution(wide, *path_rows(slope=1.0))
     assert re.fullmatch(r"Not narrow enough.* narrow it\. The gradient.*", told)
+
+
+def test_verdicts_agree_with_the_actual_limit():
+    """96 % predicted, 95 to 97 % the interval; along the way the gradient changes the loss."""
+
+    def caution(actual, slope):
+        row = width_row(operator="absolute", width=0.004, actual={"test accuracy": actual})
+        return limits.verdicts(networks_of([row, *path_rows(slope=slope)]))[0][2]
+
+    assert caution(0.9500004, -0.004) == caution(0.9699996, 0.004) == ""
+    assert caution(0.94, -0.004) == caution(0.98, 0.004) == ""  # on the other side
+    assert caution(0.98, -0.004).endswith("this agrees with the larger actual limit.")
+    assert caution(0.94, 0.004).endswith("this agrees with the smaller actual limit.")
+    assert caution(0.9499996, 0.004) == ""  # 95.00 to all who read the page
 
 
 def test_predictions_of_one_operator_are_told_apart():
@@ -367,7 +382,7 @@ def test_table_has_the_numbers(tmp_path, sketches):
     rows = [re.findall(r'class="num">(.*?)</td>', line) for line in lines]
     first = "96.00 95.00\u201397.00 – – 0.20 0.00354 1 × 8 0.0 25.0 90.0"
     second = "97.00 96.00\u201398.00 97.00\u201399.00 0.10 0.20 0.00354 3 × 8 0.0 25.0 90.0"
-    assert [" ".join(row) for row in rows[1:3]] == [first, second]
+    assert [" ".join(row).replace("\u2060", "") for row in rows[1:3]] == [first, second]
     assert rows[4:] == [
         ["95.00", "<b>+1.00</b>", "+2.00"],
         ["93.00", "+3.00", "+4.00"],

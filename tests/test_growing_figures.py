@@ -49,12 +49,20 @@ def colors_of(lines):
 
 def test_norms_by_penalty():
     lines = lines_of(growth.growth_norms, growth_rows())["net"]
-    assert colors_of(lines) == ["kept", "pruned"] * 2
-    kept, pruned = lines[:2]
+    kept, pruned, other, _ = lines
+    assert kept.get_color() == pruned.get_color() != other.get_color()  # that of the layer
+    assert [kept.get_linestyle(), pruned.get_linestyle()] == ["-", "--"]
     assert_allclose(pruned.get_xdata(), [0.1, 0.2, 0.3, 0.4])
     assert_allclose(pruned.get_ydata(), [0.2, 0.02, 0.002, 0.0002])
     assert_allclose(kept.get_ydata(), 2.0)
     assert pruned.axes.get_yscale() == "log"
+
+
+def test_more_layers_than_colours_are_coloured_by_what_happens_to_them():
+    rows = growth_rows()
+    for row in rows[:-1]:
+        row["growth"] = {f"{i}/kernel": row["growth"]["a/kernel"] for i in range(13)}
+    assert colors_of(lines_of(growth.growth_norms, rows)["net"]) == ["kept", "pruned"] * 13
 
 
 def test_ratios_by_step_leave_out_layers_without():

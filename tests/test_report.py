@@ -20,6 +20,7 @@ from sparsity_jax.report import (
     channels,
     draw,
     events,
+    pruning,
     sections,
     series,
     summary,
@@ -195,6 +196,18 @@ def test_a_network_cut_in_rounds_is_not_called_dense():
     assert line.cells["channels"] == (0.375, 0.0, 1)
     assert (line.cells["before"], line.cells["epochs"]) == ((1.0, 0.0, 1), (4.0, 0.0, 1))
     assert list(channels.channel_rounds(series.group(rows)[0])) == [0.25, 0.375]
+
+
+def test_accuracy_by_size_is_that_after_the_last_training():
+    rows = [train_row("A", 1, 0.5), train_row("A", 2, 0.9), cut_row("A", 4)]
+    rows += [train_row("A", epoch, 0.6 + epoch / 10, stage="again") for epoch in (1, 2)]
+    rows.append(train_row("B", 1, 0.7) | dict(member=1))
+    section = pruning.sizes(series.group(rows))
+    (axes,) = section.figure.axes
+    assert axes.get_title(loc="left") == "Channels removed"
+    points = [line.get_xydata().tolist() for line in axes.lines]
+    assert points == [[[0.0, 0.9], [0.75, 0.8]], [[0.0, 0.7]]]
+    assert pruning.sizes(series.group(rows[:2])) is None
 
 
 def test_growth_under_the_name_of_the_base_is_not_the_base():
@@ -920,7 +933,7 @@ def test_compact_networks_keep_their_digits_and_name_their_visit(tmp_path):
     rows = [base | dict(visit=visit, difference=10.0**-visit) for visit in (1, 2)]
     text = page_of(tmp_path, rows)
     assert "3,658 <small>of 13,706, 26.7</small>" in text
-    assert "A, network 0, visit 2" in text
+    assert "A, visit 2" in text
     assert "differ by at most 0.1 of the largest" in text
     text = page_of(tmp_path, [row_of("compact", warning="it has an empty layer")])
     assert "it has an empty layer" in text  # without any number

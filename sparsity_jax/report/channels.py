@@ -114,7 +114,9 @@ def compact(grouped: Grouped) -> Shown:
             compact = number(row.get(f"{field}_compact"))
             whole = number(row.get(field))
             row[f"{field}_share"] = compact / whole
-        name = f"{grouped[line['series']].label}, network {line['member']}, visit {line['visit']}"
+        name = series.network_name(grouped[line["series"]], line["member"])
+        if told["visit"].nunique() > 1:
+            name += f", visit {line['visit']}"
         lines.append((name, row))
         if row.get("warning"):
             note += f" {name}: {row['warning']}."

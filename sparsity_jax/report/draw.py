@@ -4,6 +4,7 @@ import io
 import itertools
 import math
 import re
+import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,8 +18,8 @@ from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.gridspec import GridSpec
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 
@@ -28,11 +29,14 @@ from sparsity_jax.report.series import Frame
 __all__ = [
     "COLORS",
     "INK",
+    "PALETTE",
     "REMOVED",
+    "SHARE",
     "STYLE",
     "chart",
     "color",
     "files_of",
+    "fit_accuracies",
     "heat_maps",
     "means",
     "percents",
@@ -43,7 +47,7 @@ __all__ = [
 ]
 
 # Okabe and Ito's colour-blind-safe hues (2008) without yellow and black, then six others.
-_PALETTE = (
+PALETTE = (
     *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"),
     *("#7b4bb7", "#7d8590", "#8c1d4f", "#8c8c1f", "#0b7f8a", "#8a5a2b"),
 )
@@ -54,12 +58,20 @@ COLORS = {  # by the variable of the page's CSS, which has others for dark scree
     "--ink": INK,
     "--muted": _MUTED,
     "--line": _GRID,
-    **{f"--c{index}": color for index, color in enumerate(_PALETTE)},
+    **{f"--c{index}": color for index, color in enumerate(PALETTE)},
 }
 _NO_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
+_IDENTIFIER = re.compile(r' id="|href="#|url\(#')  # what stands before one in SVG
 _DASHES = ("-", "--", ":", "-.")
 REMOVED = "weights removed"  # an axis of shares
+SHARE = "share removed"  # another one
 _CLASS = "series-"  # in SVG: of what is drawn of one colour, by its index
+_WIDTH = 10.0  # inches
+_PHONE = 4.2  # inches
+_CHARACTERS = 38  # of a line of a legend that is as wide as a phone
+_TITLE = 28  # characters of a line of the title of a panel
+_LEAST_SPAN = 0.005  # of an axis of accuracies
+_KEY_HEIGHT = 0.2  # inches of an entry of a legend
 _MOST_CELLS = 100  # of a heat map whose shares are written into it
 STYLE: Any = {
     "font.family": "DejaVu Sans",  # comes with matplotlib, so PNGs are the same everywhere
@@ -75,7 +87,7 @@ STYLE: Any = {
     "axes.grid": True,
     "axes.axisbelow": True,
     "axes.xmargin": 0.02,
-    "axes.prop_cycle": cycler(color=_PALETTE),
+    "axes.prop_cycle": cycler(color=PALETTE),
     "grid.color": _GRID,
     "grid.linewidth": 0.7,
     "xtick.color": _MUTED,
@@ -100,14 +112,14 @@ def printable(text: str) -> str:
     return _NO_XML.sub("\ufffd", text)
 
 
-def _literal(text: str, limit: int = 60) -> str:
-    """`text` for matplotlib: no mathtext, no hidden label, and not long."""
+def _literal(text: str, *, limit: int = 60, width: int = 60) -> str:
+    """`text` for matplotlib: no mathtext, no hidden label, not long, in lines of `width`."""
     text = " ".join(printable(text).split())
     if len(text) > limit:
         text = f"{text[: limit - 1]}…"
     if text.startswith("_"):
         text = f"\u200b{text}"
-    return text.replace("$", r"\$")
+    return textwrap.fill(text, width).replace("$", r"\$")
 
 
 def short_paths(paths: Sequence[str], *, limit: int = 34) -> list[str]:
@@ -186,21 +198,18 @@ def chart(
         inside = told[told["panel"] == title]
         for (hue, dash, _), line in inside.groupby(["color", "dash", "line"], sort=False):
             _draw_line(panel, line.sort_values("x", kind="stable"), hue, dash)
-        panel.set_title(_literal(title), loc="left")
+        panel.set_title(_literal(title, width=_TITLE), loc="left")
         panel.set(label=title, xlabel=xlabel, ylabel=ylabel, yscale=yscale)
         _scale(panel, ylabel or title)
     if axes:
         hues = sorted(told["color"].unique())
-        keys = [_key(colors[hue], color(hue)) for hue in hues]
-        names = [f"{_CLASS}{hue}" for hue in hues]
+        keys = [_key(colors[hue], color(hue), name=f"{_CLASS}{hue}") for hue in hues]
         if any(dashes):
             keys += [
                 _key(text, _MUTED, style) for text, style in zip(dashes, itertools.cycle(_DASHES))
             ]
-        legend = _legend(figure, keys)
-        for name, key, text in zip(names, legend.legend_handles, legend.get_texts()):
-            for artist in filter(None, (key, text)):
-                artist.set_gid(name)
+        is_long = any(len(str(key.get_label())) > 24 for key in keys)
+        _legend(figure, keys, columns=2 if is_long else 4)
     return figure
 
 
@@ -209,14 +218,14 @@ def _panels(count: int) -> tuple[Figure, list[Axes]]:
     columns = max(1, min(2, count))
     rows = math.ceil(count / columns)
     layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.06)
-    figure = Figure(figsize=(10, 3.8 * rows), layout=layout)
+    figure = Figure(figsize=(_WIDTH, 3.8 * rows), layout=layout)
     axes = [figure.add_subplot(rows, columns, place + 1) for place in range(count)]
     return figure, axes
 
 
 def color(index: int) -> str:
     """The colour of a series."""
-    return _PALETTE[index % len(_PALETTE)]
+    return PALETTE[index % len(PALETTE)]
 
 
 def _draw_line(axes: Axes, line: Frame, hue: int, dash: int) -> None:
@@ -232,15 +241,23 @@ def _draw_line(axes: Axes, line: Frame, hue: int, dash: int) -> None:
 
 def _scale(axes: Axes, what: str) -> None:
     """Percent on axes of shares, a logarithm for losses of more than a decade and a half."""
-    if axes.get_xlabel() == REMOVED:
+    if axes.get_xlabel() in (REMOVED, SHARE):
         percents(axes.xaxis)
     what = what.lower().split(", ")[-1]
     if what == "accuracy":
         percents(axes.yaxis)
+        fit_accuracies(axes, *axes.dataLim.intervaly)
     if what == "loss":
         values = np.concatenate([line.get_ydata() for line in axes.lines])
         if 0 < 30 * values.min() < values.max():
             axes.set_yscale("log")
+
+
+def fit_accuracies(axes: Axes, low: float, high: float) -> None:
+    """Shows accuracies from `low` to `high`, and no less than _LEAST_SPAN."""
+    middle = (low + high) / 2
+    reach = 0.55 * max(high - low, _LEAST_SPAN)
+    axes.set_ylim(middle - reach, middle + reach)
 
 
 def percents(axis: Axis) -> None:
@@ -248,19 +265,23 @@ def percents(axis: Axis) -> None:
     axis.set_major_formatter(PercentFormatter(1.0))
 
 
-def _key(text: str, color: str, dash: str = "-") -> Line2D:
-    """An entry of a legend."""
-    return Line2D([], [], color=color, ls=dash, label=_literal(text))
+def _key(text: str, color: str, dash: str = "-", *, name: str | None = None) -> Line2D:
+    """An entry of a legend. name: that of what it stands for, in SVG."""
+    return Line2D([], [], color=color, ls=dash, label=_literal(text, width=_CHARACTERS), gid=name)
 
 
-def _legend(figure: Figure, keys: Sequence[Line2D]) -> Legend:
-    """The legend, written above all axes, with room for its rows."""
-    is_long = any(len(str(entry.get_label())) > 24 for entry in keys)
-    columns = 2 if is_long else 4
+def _legend(figure: Figure, keys: Sequence[Line2D], columns: int) -> None:
+    """The only legend of a figure, written above all axes, with room for its rows."""
+    for earlier in list(figure.legends):
+        earlier.remove()
     legend = figure.legend(handles=keys, loc="outside upper left", ncols=columns)
-    rows = math.ceil(len(keys) / columns)
-    figure.set_figheight(figure.get_figheight() + 0.2 * rows)
-    return legend
+    for key, shown, text in zip(keys, legend.legend_handles, legend.get_texts()):
+        assert shown is not None
+        shown.set(gid=key.get_gid(), label=key.get_label())
+        text.set_gid(key.get_gid())
+    lines = sum(1 + str(key.get_label()).count("\n") for key in keys)
+    rows = math.ceil(lines / columns)
+    figure.set_figheight(figure.get_figheight() + _KEY_HEIGHT * rows)
 
 
 # Heat maps ----------------------------------------------------------------------------------------
@@ -283,10 +304,10 @@ def heat_maps(maps: Mapping[str, Frame], what: str) -> Figure:
         shown = kept.clip(1e-3, 1).mask(kept <= 0, 1e-9)  # a logarithm hides 0
         image = panel.imshow(shown, **look)
         image.set_clim(1e-3, 1)
-        panel.set_title(_literal(name), loc="left")
+        panel.set_title(_literal(name, width=_TITLE), loc="left")
         ratios = [f"{100 * ratio:.3g}%" for ratio in table.columns]
         panel.set_xticks(range(len(ratios)), ratios)
-        panel.set_yticks(range(len(table)), short_paths(list(table.index)))
+        panel.set_yticks(range(len(table)), short_paths(list(table.index), limit=24))
         panel.tick_params(labelsize=6.5)
         panel.grid(visible=False)
         if table.size <= _MOST_CELLS:
@@ -310,24 +331,51 @@ def _write_shares(axes: Axes, kept: Frame) -> None:
 
 
 def files_of(name: str, figure: Figure) -> tuple[bytes, str]:
-    """(PNG on white, inline SVG) of a figure; the same rows give the same bytes.
+    """(PNG on white, HTML) of a figure; the same rows give the same bytes.
 
-    The colours of the SVG are the variables COLORS. Identifiers in it depend on `name` only; what a
-    `chart` draws of the colour 3 has the class `series-3`.
+    The HTML has two SVGs: one of class `wide`, and one of class `narrow`, for phones, with the
+    panels below each other. Their colours are the variables COLORS. Identifiers in them depend on
+    `name` only; what a `chart` draws of the colour 3 has the class `series-3`.
     """
     png = io.BytesIO()
-    svg = io.BytesIO()
-    style = {**STYLE, "svg.hashsalt": name}
-    with matplotlib.rc_context(style), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*[Gg]lyph.*")  # an arm named in another script
         figure.set(dpi=150, facecolor="white")  # canvases draw once, `savefig` twice
         FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})
+        layout = figure.get_layout_engine()
         figure.set_layout_engine("none")  # found once, it holds for both files
-        figure.set(dpi=100, facecolor="none")
-        empty = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        wide = _svg(name, figure)
+        figure.set_layout_engine(layout)
+        _stack(figure)
+        narrow = _svg(f"{name}_narrow", figure)
+    return png.getvalue(), f'<div class="wide">{wide}</div><div class="narrow">{narrow}</div>'
+
+
+def _svg(name: str, figure: Figure) -> str:
+    """A figure as SVG for inside a page."""
+    svg = io.BytesIO()
+    figure.set(dpi=100, facecolor="none")
+    empty = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
         FigureCanvasSVG(figure).print_svg(svg, metadata=empty)
     text = svg.getvalue().decode()
     text = text[text.index("<svg") :].replace(f'id="{_CLASS}', f'class="{_CLASS}')
+    text = _IDENTIFIER.sub(rf"\g<0>{name}_", text)
     for variable, value in COLORS.items():
         text = text.replace(f": {value}", f": var({variable})")
-    return png.getvalue(), text
+    return text
+
+
+def _stack(figure: Figure) -> None:
+    """Puts all panels below each other, as wide as a phone, under a legend of one column."""
+    panels = [axes for axes in figure.axes if axes.get_subplotspec()]  # colour bars have none
+    grid = GridSpec(len(panels), 1, figure=figure)
+    for place, panel in enumerate(panels):
+        panel.set_subplotspec(grid[place])
+    height = 0.9 * figure.get_figheight()
+    if len(panels) > 1:
+        height *= len(panels) / math.ceil(len(panels) / 2)
+    figure.set_size_inches(_PHONE, height)
+    keys = [key for legend in figure.legends for key in legend.legend_handles]
+    if keys:
+        _legend(figure, [key for key in keys if isinstance(key, Line2D)], columns=1)

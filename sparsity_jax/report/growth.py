@@ -1,6 +1,6 @@
 """Growing penalties: norms of what they push out and of what stays, their ratio, single groups."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
@@ -14,7 +14,7 @@ __all__ = ["KEPT", "PRUNED", "growth_groups", "growth_norms", "growth_ratio"]
 
 KEPT = 0  # colours
 PRUNED = 1
-_FATES = ("stays", "goes")
+_NAMED = len(draw.PALETTE)  # layers that have a colour of their own
 _LAYERS = 4  # panels of single groups
 _MOST = 6  # growths drawn in one figure
 
@@ -35,35 +35,68 @@ def _growths(grouped: Grouped) -> dict[str, Rows]:
     return dict(list(by_label.items())[:_MOST])
 
 
-def _layer_points(grouped: Grouped, at: str, fields: Mapping[str, int]) -> list[tuple]:
-    """Points of every layer of every growth. fields: what is drawn by `at`, in which colour."""
+def _layers(grouped: Grouped) -> list[str]:
+    """The layers of all growths."""
+    every = [row["growth"] for rows in _growths(grouped).values() for row in rows]
+    return list(dict.fromkeys(layer for growth in every for layer in growth))
+
+
+def _layer_section(
+    heading: str,
+    caption: str,
+    grouped: Grouped,
+    at: str,
+    fields: Mapping[str, str],
+    **texts: str,
+) -> Shown:
+    """Every layer of every growth: `fields`, and what they stand for, against the field `at`.
+
+    Colours are those of the layers if there are no more than these, else those of the fields.
+    """
+    layers = _layers(grouped)
+    are_named = len(layers) <= _NAMED
     points = []
     for label, rows in _growths(grouped).items():
         for row in rows:
             for layer, numbers in row["growth"].items():
                 x = numbers.get(at, row["step"])
-                for field, color in fields.items():
-                    points.append((label, color, layer, x, number(numbers.get(field))))
-    return points
+                for dash, field in enumerate(fields):
+                    color = layers.index(layer) if are_named else dash
+                    y = number(numbers.get(field))
+                    points.append((label, color, dash, layer, x, y))
+    names = list(fields.values())
+    if not are_named:
+        return _section(heading, caption, points, names, **texts)
+    colors = draw.short_paths(layers)
+    dashes = names if len(names) > 1 else ()
+    return _section(heading, caption, points, colors, dashes, **texts)
 
 
 def growth_norms(grouped: Grouped) -> Shown:
     """Mean magnitude of kept and pruned weights against the penalty, one line per layer."""
-    points = _layer_points(grouped, "reg_pruned", {"score_kept": KEPT, "score_pruned": PRUNED})
-    caption = (
-        "One line per layer: mean magnitude of the weights that stay and that go, by the penalty "
-        "on the latter."
+    return _layer_section(
+        "Norms under growing penalties",
+        "Per layer: mean magnitude of the weights that stay and that go, by the penalty on the "
+        "latter.",
+        grouped,
+        "reg_pruned",
+        {"score_kept": "stays", "score_pruned": "goes"},
+        xlabel="penalty λ on what goes",
+        ylabel="mean |w|",
     )
-    heading = "Norms under growing penalties"
-    return _section(heading, caption, points, "penalty λ on what goes", "mean |w|")
 
 
 def growth_ratio(grouped: Grouped) -> Shown:
     """Mean magnitude of the kept over that of the pruned weights, smoothed, against the step."""
-    points = _layer_points(grouped, "step", {"ratio": KEPT})
-    caption = "One line per layer: mean magnitude of what stays over that of what goes, smoothed."
-    heading = "Separation under growing penalties"
-    return _section(heading, caption, points, "step", "kept / pruned |w|")
+    return _layer_section(
+        "Separation under growing penalties",
+        "Per layer: mean magnitude of what stays over that of what goes, smoothed.",
+        grouped,
+        "step",
+        {"ratio": "a layer"},
+        xlabel="step",
+        ylabel="kept / pruned |w|",
+    )
 
 
 def growth_groups(grouped: Grouped) -> Shown:
@@ -79,21 +112,30 @@ def growth_groups(grouped: Grouped) -> Shown:
             colors = [KEPT if kept else PRUNED for kept in scored[-1]["keep"][layer]]
             for row in scored:
                 for line, norm in enumerate(row["scores"][layer]):
-                    points.append((panel, colors[line], line, row["step"], norm))
-    caption = (
+                    points.append((panel, colors[line], 0, line, row["step"], norm))
+    return _section(
+        "Norms of single groups",
         "Mean magnitude of every filter, channel or coupled group: how penalties set those apart "
-        "that go."
+        "that go.",
+        points,
+        ("stays", "goes"),
+        xlabel="step",
+        ylabel="mean |w|",
     )
-    return _section("Norms of single groups", caption, points, "step", "mean |w|")
 
 
-def _section(heading: str, caption: str, points: list[tuple], xlabel: str, ylabel: str) -> Shown:
+def _section(
+    heading: str,
+    caption: str,
+    points: list[tuple],
+    colors: Sequence[str],
+    dashes: Sequence[str] = (),
+    **texts: str,
+) -> Shown:
     """Lines with a logarithmic axis, without values that it cannot show.
 
-    points: (panel, color, line, x, y).
+    points: (panel, color, dash, line, x, y).
     """
-    told = pd.DataFrame(points, columns=["panel", "color", "line", "x", "y"])
+    told = pd.DataFrame(points, columns=["panel", "color", "dash", "line", "x", "y"])
     told = told[told["y"] > 0]
-    return draw.section(
-        heading, caption, [told], _FATES, xlabel=xlabel, ylabel=ylabel, yscale="log"
-    )
+    return draw.section(heading, caption, [told], colors, dashes, yscale="log", **texts)

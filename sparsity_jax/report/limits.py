@@ -76,7 +76,8 @@ def networks(grouped: Grouped) -> list[Series]:
     result = []
     told = series.last_visits(series.frame(grouped, "curve", *KINDS))
     for (index, member), lines in told.groupby(["series", "member"], sort=False):
-        network = Series(f"{grouped[index].label}, network {member}", list(lines["row"]))
+        name = series.network_name(grouped[index], member)
+        network = Series(name, list(lines["row"]))
         if network.of_kind(*KINDS):
             result.append(network)
     if len(result) == 1:
@@ -121,14 +122,19 @@ def actual(networks: Grouped) -> Frame:
                 definition = f"{rule.format(row.get('split', 'test'))}, by bisection"
                 lines.append((index, definition, 0, number(row["limit"])))
     told = pd.DataFrame(lines, columns=columns)
-    told["rank"] -= told.groupby("series")["rank"].transform("min")
+    least = told.groupby("series")["rank"].transform("min")
+    told["rank"] -= least
+    told = told[(told["definition"] != _ELSEWHERE) | (least > 0)]
     return told.drop_duplicates(columns[:3], keep="last").dropna()
 
 
 def gaps(networks: Grouped) -> Frame:
-    """Predicted less actual limit, and whether that is inside the interval, per pair of both."""
+    """Predicted less actual limit, and whether that is inside the interval as the page shows it,
+    per pair of both.
+    """
     pairs = predictions(networks).merge(actual(networks), on="series")
-    inside = pairs["limit"].between(pairs["low"], pairs["high"])
+    low, high, limit = (pairs[name].round(4) for name in ("low", "high", "limit"))
+    inside = limit.between(low, high)
     return pairs.assign(gap=pairs["predicted"] - pairs["limit"], inside=inside)
 
 
@@ -151,7 +157,7 @@ def verdicts(networks: Grouped) -> list[tuple[str, str, str]]:
             if len(own) > 1:
                 interval = f"inside {inside.sum()} of {len(own)} intervals"
             text += f" ({own['definition'].iloc[0]}), which is {interval}"
-        caution = f"{_enclosure_caution(rows)} {_gradient_caution(networks, rows)}"
+        caution = f"{_enclosure_caution(rows)} {_gradient_caution(networks, rows, own)}"
         result.append((str(name), f"{text}.", caution.strip()))
     return result
 
@@ -173,8 +179,11 @@ def _enclosure_caution(rows: Frame) -> str:
     )
 
 
-def _gradient_caution(networks: Grouped, rows: Frame) -> str:
-    """A caution where the gradient, which predictions leave out, changes the loss; else ""."""
+def _gradient_caution(networks: Grouped, rows: Frame, known: Frame) -> str:
+    """A caution where the gradient, which predictions leave out, changes the loss; else "".
+
+    known: `gaps` to the actual limit, which the caution must not contradict.
+    """
     path = series.frame(networks, "path", fields=["ratio", "first_order"]).sort_values("ratio")
     steepness = _STEEP
     change = 0.0
@@ -186,12 +195,15 @@ def _gradient_caution(networks: Grouped, rows: Frame) -> str:
             if share > steepness:
                 steepness = share
                 change = first
-    if not change:
+    agrees = len(known) > 0 and known["inside"].all()
+    disagrees = known["gap"].mean() * change < 0
+    if not change or agrees or disagrees:
         return ""
     side = "larger" if change < 0 else "smaller"
+    says = f"expect a {side}" if known.empty else f"this agrees with the {side}"
     return (
         f"The gradient, which the prediction leaves out, changes the loss by {change:+.2g} on the "
-        f"way there, {steepness:.2g} times ε: expect a {side} actual limit."
+        f"way there, {steepness:.2g} times ε: {says} actual limit."
     )
 
 
@@ -200,8 +212,8 @@ def _gradient_caution(networks: Grouped, rows: Frame) -> str:
 _COLUMNS = {  # of one prediction
     "network": "{network}",
     "predicted|%": "{predicted:.2%}",
-    "interval|%": "{low:.2%}–{high:.2%}",
-    "enclosure|%": "{enclosure_low:.2%}–{enclosure_high:.2%}",
+    "interval|%": "{low:.2%}–\u2060{high:.2%}",
+    "enclosure|%": "{enclosure_low:.2%}–\u2060{enclosure_high:.2%}",
     "± probes": "{standard_error:.2%}",
     "± ε": "{epsilon_error:.2%}",
     "ε": "{epsilon:.3g}",
@@ -372,7 +384,9 @@ def _orders(network: Series, told: Frame) -> Frame:
     for dash, field in enumerate([*fields, "epsilon"]):
         line = draw.points(path, "ratio", field, dash=dash)
         lines.append(line[~(abs(line["y"]) > 5 * epsilon)])
-    return pd.concat(lines)
+    orders = pd.concat(lines)
+    end = orders.loc[orders["y"] != epsilon, "x"].max()
+    return orders[~(orders["x"] > end)]
 
 
 def row_norms(grouped: Grouped) -> Shown:
@@ -400,7 +414,8 @@ def _norms(network: Series, _: Frame) -> Frame:
 
 def _unfolded(told: Frame, arrays: Callable[[Row], dict]) -> Frame:
     """A line per entry of the arrays by name that `arrays` gives for the row of a prediction."""
-    parts = [pd.DataFrame(columns=["panel", "color", "x", "y"], dtype=float)]
+    none = pd.DataFrame(columns=["panel", "color", "x", "y"], dtype=float)
+    parts = [none.astype({"color": int})]
     for line in told.to_dict("records"):
         part = pd.DataFrame(arrays(line["row"]), dtype=float)
         parts.append(part.assign(panel="", color=line["color"]))
@@ -423,10 +438,15 @@ def crossing(grouped: Grouped) -> Shown:
 
 
 def _widths(_: Series, told: Frame) -> Frame:
-    """Width and share removed by distance."""
+    """Width and share removed by distance, up to twice that at which they meet."""
     width = _unfolded(told, lambda row: {"x": row["distances"], "y": row["widths"]})
     share = _unfolded(told, lambda row: {"x": row["distances"], "y": row["ratios"]})
-    return pd.concat([width, share.assign(color=0)])
+    shown = pd.concat([width, share.assign(color=0)])
+    meeting = [
+        np.interp(line["predicted"], line["row"]["ratios"], line["row"]["distances"])
+        for line in told.to_dict("records")
+    ]
+    return shown[~(shown["x"] > 2 * max(meeting, default=math.nan))]
 
 
 def history(grouped: Grouped) -> Shown:

@@ -65,6 +65,7 @@ _SIZES = {"num_params": "parameters", "num_prunable": "prunable weights"}
 FIGURES: dict[Any, tuple[str, ...]] = {  # what shows rows, in the order of the page: of which kinds
     summary.summary: ("train", "curve"),
     limits.prediction: ("limit", "width"),
+    pruning.sizes: series.TRAINING,
     channels.compact: ("compact",),
     limits.limits: limits.KINDS,
     limits.path: ("path",),

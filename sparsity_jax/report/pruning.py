@@ -1,17 +1,48 @@
 """Curves of accuracy and loss under pruning, and what they removed from every layer."""
 
+import numpy as np
 import pandas as pd
 
 from sparsity_jax.report import draw, series, summary
-from sparsity_jax.report.rows import NEAR
+from sparsity_jax.report.rows import NEAR, number
 from sparsity_jax.report.sections import Cell, Section, Shown, joined, table
 from sparsity_jax.report.series import Frame, Grouped
 
-__all__ = ["accuracy", "accuracy_train", "layers", "loss", "zeros"]
+__all__ = ["accuracy", "accuracy_train", "layers", "loss", "sizes", "zeros"]
 
 _LAYER_STOPS = (0.5, 0.8, 0.9, 0.95, 0.98, 0.99)  # ratios shown layer by layer
 _ZOOM = 0.9  # where the second panel begins
 _BANDS = "Bands: ± one standard deviation over networks."
+
+
+def sizes(grouped: Grouped) -> Shown:
+    """Accuracy of trained networks against the share that was removed from them before."""
+    told = series.frame(grouped, *series.TRAINING, fields=("test_accuracy",)).dropna()
+    what = []
+    share = []
+    accuracy = []
+    for row in told["row"]:
+        network = row["network"]
+        removed = network["removed"] or ("", 0.0)
+        known = network.get("pruned" if network["removed"] else "dense")
+        what.append(removed[0])
+        share.append(removed[1])
+        accuracy.append(number(known))
+    told = told.assign(what=what, removed=share, accuracy=accuracy)
+    last = told.drop_duplicates(["series", "member", "what", "removed"], keep="last")
+    lines = []
+    for name in sorted(set(what) - {""}):
+        points = last[last["what"].isin(["", name])]
+        panel = f"{name.capitalize()} removed"
+        lines.append(draw.points(points, "removed", "accuracy", panel))
+    return draw.section(
+        "Accuracy by size",
+        f"Test accuracy at the end of the training after each removal. {_BANDS}",
+        lines,
+        series.labels(grouped),
+        xlabel=draw.SHARE,
+        ylabel="accuracy",
+    )
 
 
 def accuracy(grouped: Grouped) -> Shown:
@@ -42,11 +73,14 @@ def _section(grouped: Grouped, curves: Frame, field: str, heading: str, caption:
     every = draw.points(curves, "removed", field, "All ratios", curves["dash"])
     far = every["x"] >= _ZOOM - NEAR
     above = every[far].assign(panel=f"Above {_ZOOM:.0%}")
+    panels = [every]
+    if above["x"].nunique() > 1:
+        panels.append(above)
     variants = curves.sort_values("dash")["variant"].unique()
     return draw.section(
         heading,
         f"{caption} {_BANDS}".strip(),
-        [every, above],
+        panels,
         series.labels(grouped),
         variants,
         xlabel=draw.REMOVED,
@@ -88,7 +122,9 @@ def zeros(grouped: Grouped) -> Shown:
     curves = series.best_known_curves(grouped).dropna(subset="sparsity_all")
     wanted = curves["channels_removed"].notna()
     for stop in _LAYER_STOPS:
-        wanted |= abs(curves["removed"] - stop) <= NEAR
+        distance = abs(curves["removed"] - stop)
+        least = distance.groupby([curves["series"], curves["dash"]]).transform("min")
+        wanted |= distance <= np.minimum(least + 1e-9, NEAR)
     fields = ["channels_removed", "sparsity", "sparsity_all"]
     points = curves[wanted].groupby(["series", "variant", "removed"])
     lines = []

@@ -24,6 +24,7 @@ __all__ = [
     "table",
 ]
 
+_NOTHING = "–"  # in a cell without a number
 MOST_LINES = 60  # lines of a table that may be long
 
 
@@ -79,7 +80,7 @@ def table(
     rows: list[Cells] = [[name] for name, _ in lines]
     for head, template in columns.items():
         cells = [_cell(template, row) for _, row in lines]
-        if any(told.text for told in cells):
+        if any(told.text not in ("", _NOTHING) for told in cells):
             heads.append(heading(head))
             for row, told in zip(rows, cells):
                 row.append(told)
@@ -96,7 +97,7 @@ def heading(text: str) -> Cell:
 def _cell(template: str, row: Row) -> Cell:
     """`template` filled with fields of a row; what stands behind "|" is set small, or left out."""
     text, _, small = template.partition("|")
-    return Cell(_fill(text, row, "–"), _fill(small, row, ""))
+    return Cell(_fill(text, row, _NOTHING), _fill(small, row, ""))
 
 
 def _fill(template: str, row: Row, missing: str) -> str:

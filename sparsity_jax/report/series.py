@@ -33,6 +33,7 @@ __all__ = [
     "label_of",
     "labels",
     "last_visits",
+    "network_name",
     "spread",
     "swept_keys",
 ]
@@ -109,6 +110,15 @@ def label_of(row: Row, keys: list[str]) -> str:
 def labels(grouped: Grouped) -> list[str]:
     """What the series are called."""
     return [series.label for series in grouped]
+
+
+def network_name(series: Series, member: str) -> str:
+    """What a network is called: its series, and of several networks its seeds, or its number."""
+    members = {member_of(row) for row in series.rows}
+    number, _, seeds = member.partition(" ")
+    if len(members) == 1:
+        return series.label
+    return f"{series.label}, {seeds or f'network {number}'}"
 
 
 # Frames -------------------------------------------------------------------------------------------

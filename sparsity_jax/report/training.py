@@ -2,6 +2,7 @@
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 
 from sparsity_jax.report import draw, series
 from sparsity_jax.report.sections import Cell, Shown, table
@@ -10,12 +11,14 @@ from sparsity_jax.report.series import Frame, Grouped
 __all__ = ["magnitudes", "sfw_init", "training"]
 
 _SPLITS = ("train", "test")
+_FEW = 1e-3  # share of the weights in a bin that is not drawn at the ends
+_FIRST = 0.1  # share of the epochs that may be below the axis of accuracies
 _COUNTS = {"all": "{total:,}", "exactly 0|%": "{zero_share:.2%}|{num_zero:,}"}  # templates
 
 
 def training(grouped: Grouped) -> Shown:
     """Loss and accuracy against the epoch, on train and test data."""
-    fields = [f"{split}_{what}" for what in ("loss", "accuracy") for split in _SPLITS]
+    fields = [f"{split}_{what}" for what in ("accuracy", "loss") for split in _SPLITS]
     told = series.frame(grouped, *series.TRAINING, fields=["epoch", *fields])
     told["epoch"] += _epochs_before(told)
     lines = []
@@ -23,8 +26,19 @@ def training(grouped: Grouped) -> Shown:
         split, what = field.split("_")
         lines.append(draw.points(told, "epoch", field, what.capitalize(), _SPLITS.index(split)))
     names = series.labels(grouped)
-    caption = "Loss and accuracy during training."
-    return draw.section("Training", caption, lines, names, _SPLITS, xlabel="epoch")
+    caption = "Accuracy and loss during training."
+    section = draw.section("Training", caption, lines, names, _SPLITS, xlabel="epoch")
+    if section and section.figure:
+        _fit(section.figure.axes[0], told)
+    return section
+
+
+def _fit(axes: Axes, told: Frame) -> None:
+    """Fits an axis of accuracies to all but the first epochs."""
+    later = told[told["epoch"] > _FIRST * told["epoch"].max()]
+    values = later[["train_accuracy", "test_accuracy"]].stack()
+    if axes.get_title(loc="left") == "Accuracy" and len(values):
+        draw.fit_accuracies(axes, values.min(), values.max())
 
 
 def _epochs_before(told: Frame) -> np.ndarray:
@@ -62,11 +76,11 @@ def magnitudes(grouped: Grouped) -> Shown:
     bins = []
     for index, line in told.iterrows():
         row = line["row"]
-        label = grouped[line["series"]].label
+        label = series.network_name(grouped[line["series"]], line["member"])
         counts = np.array(row.get("counts", []))
         num_zero = row.get("num_zero", 0)
         total = max(counts.sum() + num_zero, 1)
-        name = f"{label}, {line['stage']}, visit {line['visit']}, network {line['member']}"
+        name = f"{label}, {line['stage']}, visit {line['visit']}"
         numbers = dict(total=total, num_zero=num_zero, zero_share=num_zero / total)
         lines.append((Cell(name, color=line["series"]), numbers))
         if index in last:
@@ -75,6 +89,10 @@ def magnitudes(grouped: Grouped) -> Shown:
             own = pd.DataFrame({"x": middles, "y": counts / total})
             own = own.assign(series=line["series"], member=line["member"])
             bins.append(draw.points(own, "x", "y"))
+    if bins:
+        points = pd.concat(bins)
+        many = points.loc[points["y"] > _FEW, "x"]
+        bins = [points[points["x"].between(many.min(), many.max())]]
     section = draw.section(
         "Weight magnitudes",
         "Weight magnitudes at the last visit; those that are exactly zero are in the table.",
