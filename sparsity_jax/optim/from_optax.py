@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from typing import Any, Literal, get_origin
 
+import jax.numpy as jnp
 import optax
 from optax import GradientTransformationExtraArgs as Transformation
 from optax import contrib
@@ -77,7 +78,8 @@ def _at_rate(make: Callable, learning_rate: LearningRate, options: Fields) -> Tr
 
     def init(params: PyTree) -> tuple:
         rated = rates.first_state(rate)
-        first = rates.next_state(rate, rated, None).learning_rate
+        any_loss = jnp.zeros(())  # the state does not depend on the rate
+        first = rates.next_state(rate, rated, any_loss).learning_rate
         return rated, make(first, **options).init(params)
 
     def update(updates: PyTree, states: Any, params: PyTree, extra: Fields) -> Updated:
