@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from sparsity_jax import intact, tables
 from sparsity_jax.types import AnyPath
 
-__all__ = ["NAMES", "REGISTERED", "add_option", "load", "remember", "telling_files"]
+__all__ = ["NAMES", "REGISTERED", "add_option", "load", "remember", "remembered", "telling_files"]
 
 NAMES = "names.json"  # in a workdir: the files that registered names, by what and name
 REGISTERED: dict[str, dict[str, str]] = {}  # the same in this process
@@ -40,10 +40,12 @@ def remember(workdir: AnyPath) -> None:
     """Writes to `workdir/names.json` which files have registered names, if any have."""
     path = pathlib.Path(workdir) / NAMES
     if REGISTERED:
-        intact.write_recorded(path, {**_remembered(path), **REGISTERED})
+        intact.write_recorded(path, {**remembered(workdir), **REGISTERED})
 
 
-def _remembered(path: pathlib.Path) -> dict[str, dict[str, str]]:
+def remembered(workdir: AnyPath) -> dict[str, dict[str, str]]:
+    """The files that registered names for the run in `workdir`, by what and name."""
+    path = pathlib.Path(workdir) / NAMES
     with contextlib.suppress(FileNotFoundError):
         return intact.read_recorded(path)
     return {}
@@ -58,7 +60,7 @@ def telling_files(workdir: AnyPath) -> Iterator[None]:
         yield
     except tables.ConfigError as error:
         sentence = str(error)
-        for what, files in _remembered(pathlib.Path(workdir) / NAMES).items():
+        for what, files in remembered(workdir).items():
             for name, file in files.items():
                 if name not in REGISTERED.get(what, {}) and repr(name) in sentence:
                     told = f"The run's {what} {name!r} is registered by {file}: --import it, or"

@@ -184,6 +184,13 @@ def _check_given(rest: list[str]) -> None:
         sys.exit(f"error: --workdir is {state}; name a folder.")
 
 
+def _typed() -> str:
+    """The command line as it was typed."""
+    started = [pathlib.Path(word).name for word in sys.orig_argv[:2]]
+    program = "sparsity-jax run" if "sparsity-jax" in started else "python -m sparsity_jax.run"
+    return f"{program} {shlex.join(sys.argv[1:])}"
+
+
 def _print_names(kind: str) -> None:
     """Prints what configs can name."""
     from sparsity_jax import listing
@@ -215,14 +222,13 @@ def main(argv: list[str]) -> None:
             return
         if _CACHE.value:
             compilation.keep()
-        command = f"python -m sparsity_jax.run {shlex.join(sys.argv[1:])}"
         run = pipeline.run
         if _MEMBER.value is not None:
             run = functools.partial(pipeline.run_member, number=_MEMBER.value)
         run(
             config,
             workdir,
-            command=command,
+            command=_typed(),
             config_file=config_file,
             lock_seconds=_LOCK_SECONDS.value,
         )

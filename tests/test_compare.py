@@ -94,6 +94,17 @@ def test_members_have_the_settings_of_their_own_arm(tmp_path):
     assert sorted(count for _, count in cells(compared(tmp_path)).values()) == [1, 1, 2]
 
 
+@pytest.mark.parametrize("retrain", ["again", ["again"], "idle"])
+def test_settings_of_stages_that_a_run_does_not_use_make_no_difference(tmp_path, retrain):
+    for name, seed, rate in (("a", 0, 0.1), ("b", 1, 0.2)):
+        stages = dict(fit=fit(0.3), again=fit(rate), cut=dict(kind="cut", retrain=retrain))
+        save(tmp_path / name, curve(0, 0.5), seed=seed, pipeline=["fit", "cut"], **stages)
+    table = runs.load(tmp_path)
+    is_used = retrain != "idle"
+    assert ("again.optimizer.rate" in table) == is_used
+    assert len(cells(compared(tmp_path))) == 1 + is_used
+
+
 def test_members_that_ran_one_after_the_other_are_one_run(tmp_path):
     """Whose folders have newer rows than the whole run's while it goes on."""
     sweep = dict(fit=dict(optimizer=dict(rate=[0.1, 0.3])), mode="loop")

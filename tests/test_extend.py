@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 
 import pytest
 import tiny
@@ -163,11 +164,13 @@ def test_everything_of_ones_own_goes_on_where_it_was_interrupted_and_shows(workd
 
 
 def test_nothing_that_a_workdir_names_is_imported(workdir, own_tables, tmp_path, capsys):
-    report.write(tmp_path, *report.gather(workdir)[:2])
-    page = (tmp_path / report.REPORT).read_text()
-    assert "No figure here shows rows of shrink" in page
-    assert "--import FILE" in page
-    assert "How it shrank" not in page
+    again = shutil.copytree(workdir, tmp_path / "run")
+    for folder, file in ((again, workdir.parent / "mine.py"), (tmp_path, "FILE")):
+        report.write(folder, *report.gather(workdir)[:2])
+        page = (folder / report.REPORT).read_text()
+        assert "No figure here shows rows of shrink" in page
+        assert f"--import {file}" in page
+        assert "How it shrank" not in page
     file = re.escape(str(workdir.parent / "mine.py"))
     with pytest.raises(SystemExit, match=rf"data 'blobs' is registered by {file}: --import it"):
         evaluate.main(["--workdir", str(workdir)])

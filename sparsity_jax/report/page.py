@@ -6,12 +6,13 @@ FIGURES says here what shows the rows of which kind of stage, and `extend.regist
 
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jinja2
 import matplotlib
 
-from sparsity_jax import intact
+from sparsity_jax import imports, intact
 from sparsity_jax.report import (
     channels,
     draw,
@@ -103,7 +104,7 @@ def write(
     config, rows, environment = json.loads(told.encode(errors="replace"))  # of lone surrogates
     rows = completed(rows, config, environment)
     with matplotlib.rc_context(draw.STYLE):
-        sections = _sections_of(rows)
+        sections = _sections_of(rows, imports.remembered(folder).get("stage", {}))
         drawings = _draw_all(figures, sections)
     settings = dict(files.flatten(config))
     text = TEMPLATES.get_template("report/page.html.j2").render(
@@ -125,8 +126,11 @@ def write(
 # Sections -----------------------------------------------------------------------------------------
 
 
-def _sections_of(rows: Rows) -> dict[str, Section]:
-    """Sections by name: of FIGURES, and tables of rows that none of them shows."""
+def _sections_of(rows: Rows, own_stages: Mapping[str, str]) -> dict[str, Section]:
+    """Sections by name: of FIGURES, and tables of rows that none of them shows.
+
+    own_stages: files that registered stages, by their kind.
+    """
     grouped = series.group(rows)
     kinds = dict.fromkeys(str(row.get("kind")) for row in rows)
     sections = {}
@@ -137,7 +141,9 @@ def _sections_of(rows: Rows) -> dict[str, Section]:
             sections[show.__name__] = section
             shown.update(own)
     for kind in kinds:
-        section = None if kind in shown else raw.unknown(grouped, kind)
+        section = (
+            None if kind in shown else raw.unknown(grouped, kind, own_stages.get(kind, "FILE"))
+        )
         if section is not None:
             sections[f"rows_{len(sections)}"] = section
     return sections

@@ -28,9 +28,9 @@ def pruned(grouped: Grouped) -> Shown:
     return _section("Pruning steps", grouped, told)
 
 
-def unknown(grouped: Grouped, kind: str) -> Shown:
-    """Rows of a kind that no figure shows, as they are."""
-    note = f"No figure here shows rows of {kind}. One of your own comes with --import FILE."
+def unknown(grouped: Grouped, kind: str, file: str = "FILE") -> Shown:
+    """Rows of a kind that no figure shows, as they are. file: that registered their stage."""
+    note = f"No figure here shows rows of {kind}. One of your own comes with --import {file}."
     is_meant = lambda row: str(row.get("kind")) == kind
     return _section(f"Rows of {kind}", grouped, is_meant, note)
 

@@ -217,10 +217,11 @@ def _network_of(row: Row, run: Run, networks: list[_Network]) -> _Network:
 
 
 def _settings_of(folder: pathlib.Path, config: Fields, seen: tuple = ()) -> Fields:
-    """Every setting that decides the numbers of a run, by dotted path; for `start_from`, those of
-    the run there.
+    """Every setting that decides the numbers of a run, by dotted path, without those of stages that
+    it does not use; for `start_from`, those of the run there.
     """
-    deciding = {name: value for name, value in config.items() if name not in _IDLE}
+    idle = _IDLE | _unused_stages(config)
+    deciding = {name: value for name, value in config.items() if name not in idle}
     start = pathlib.Path(config.get("start_from") or folder)
     seen = (*seen, folder.resolve())
     if start.resolve() not in seen and workdirs.holds_run(start):
@@ -230,6 +231,19 @@ def _settings_of(folder: pathlib.Path, config: Fields, seen: tuple = ()) -> Fiel
         if not is_seed(path):
             settings[path if "." in path else f"config.{path}"] = value
     return settings
+
+
+def _unused_stages(config: Fields) -> set[str]:
+    """Names of the stages that neither the pipeline nor a stage in use names, e.g. as `retrain`."""
+    unused = set(members.stages_of(config))
+    named = set(config.get("pipeline", unused))
+    while named & unused:
+        used = named & unused
+        unused -= used
+        values = [value for name in used for _, value in files.flatten(config[name])]
+        told = itertools.chain(values, *(value for value in values if isinstance(value, list)))
+        named = unused.intersection(value for value in told if isinstance(value, str))
+    return unused
 
 
 def _agreed(trees: list[Fields]) -> Fields:
