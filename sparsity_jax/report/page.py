@@ -141,9 +141,8 @@ def _sections_of(rows: Rows, own_stages: Mapping[str, str]) -> dict[str, Section
             sections[show.__name__] = section
             shown.update(own)
     for kind in kinds:
-        section = (
-            None if kind in shown else raw.unknown(grouped, kind, own_stages.get(kind, "FILE"))
-        )
+        own_file = own_stages.get(kind, "FILE")
+        section = None if kind in shown else raw.unknown(grouped, kind, own_file)
         if section is not None:
             sections[f"rows_{len(sections)}"] = section
     return sections
