@@ -151,8 +151,9 @@ def entry(name: str) -> str:
     if not defined.startswith("sparsity_jax."):
         return f"## {member.name} {{#{name}}}\n\n`{defined}`"
     shown = f"::: {name}"
-    if name in examples():
-        target = posixpath.relpath(examples()[name], "reference")
+    example = examples().get(name) or examples().get(defined)
+    if example:
+        target = posixpath.relpath(example, "reference")
         shown += f'\n\n[Example]({target}){{.example title="{name}"}}'
     return shown
 

@@ -152,7 +152,7 @@ def same_tables():
 
 
 @pytest.mark.parametrize(("document", "index"), SNIPPETS)
-def test_snippet_runs(document, index, same_tables):
+def test_snippet_runs(document, index, same_tables, pages, sketches):
     source = blocks(TEXTS[document], "python")[index]
     exec(compile(source, f"{document}, snippet {index + 1}", "exec"), {"__name__": "snippet"})
 
