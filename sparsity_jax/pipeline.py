@@ -19,6 +19,7 @@ from sparsity_jax import (
     interface,
     kept,
     lock,
+    meshes,
     platforms,
     provenance,
     stages,
@@ -258,8 +259,10 @@ def _restored(run: Run, state: State, snapshot: Snapshot) -> State:
             state = own[0].begin(run.problem, state, place)
     if state.opt_state == ():
         with checkpoint.reading(snapshot):
-            there = stored.structs(snapshot, state.step.sharding)["opt_state"]
-            state = state._replace(opt_state=interface.carried(there))
+            there = stored.structs(snapshot)["opt_state"]
+            carried = interface.carried(there)
+            like = meshes.structs(carried, run.problem.shardings(carried))
+            state = state._replace(opt_state=like)
     return checkpoint.restore(snapshot, state)
 
 
