@@ -49,7 +49,7 @@ def test_a_mesh_has_the_axes_that_it_names():
     assert meshes.make(3, devices).shape == {"batch": 3}
     assert meshes.make(0, devices).size == 8
     assert meshes.make(1, devices) is None
-    assert meshes.make(dict(data=1), devices) is None
+    assert meshes.make(dict(data=1), devices).size == 1
     assert [meshes.filled_up(count, mesh) for count in (1, 8, 50)] == [8, 8, 56]
     assert meshes.filled_up(50, meshes.make(8, devices)) == meshes.filled_up(50, None) == 50
 
