@@ -21,9 +21,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sparsity_jax import (
     data,
     groups,
+    hosts,
     interface,
     losses,
     masks,
+    meshes,
     models,
     optim,
     polytopes,
@@ -214,8 +216,7 @@ class Problem(NamedTuple):
         if self.mesh is None:
             # there to stay, as a checkpoint is read: the same programs after an interruption
             return jax.device_put(tree, jax.local_devices()[0])
-        everywhere = NamedSharding(self.mesh, PartitionSpec())
-        return jax.device_put(tree, everywhere)
+        return meshes.put(tree, meshes.whole(self.mesh))
 
     @property
     def streamed(self) -> bool:
@@ -297,7 +298,7 @@ def build_problem(
     if streamed:
         train, test = (data.look_at(split.images) for split in dataset[1:3])
         dataset = dataset._replace(train=data.Split(train, None), test=data.Split(test, None))
-    devices = local_devices()[: mesh or None]
+    devices = hosts.devices(mesh)
     grid = Mesh(np.array(devices), ("batch",)) if len(devices) > 1 else None
     problem = Problem(
         model,
