@@ -97,6 +97,8 @@ def run(
     with imports.telling_files(workdir):
         plans = check(config)
     hosts.by_first(workdirs.refuse_other, workdir, config)
+    if len(plans) == 1:
+        hosts.by_first(workdirs.refuse_members, workdir)
     hosts.by_first(lock.refuse, workdir, stale_seconds=lock_seconds)
     with hosts.together(), enough_memory_for("config.data", None, plans[0].common):
         problem = build(plans)
@@ -104,10 +106,10 @@ def run(
     held = _held(workdir, lock_seconds)
     own_devices = platforms.using(platforms.own())
     with workdirs.naming(workdir), held as still_mine, precision, own_devices:
-        origin = provenance.describe(config, command=command, config_file=config_file)
 
         def claim() -> None:
             workdirs.claim(workdir, config)
+            origin = provenance.describe(config, command=command, config_file=config_file)
             imports.remember(workdir)
             tell_environment(problem, workdir, origin)
 
@@ -162,8 +164,9 @@ def run_member(config: Config, workdir: AnyPath, number: int, **options: Any) ->
     """Runs, or continues, one member of the sweep of `config` alone, in `workdir/member_NNN`.
 
     Nothing is shared but the folder, so that members may run at the same time, on any machines:
-    array jobs of Slurm, indexed jobs of Kubernetes. `report` and `compare` of `workdir` read all
-    that are there. A member that a whole run trains side by side with others has the same numbers
+    array jobs of Slurm, indexed jobs of Kubernetes. `report`, `compare` and `evaluate` of `workdir`
+    read all that are there, and `run` goes on with them where it has a folder for each, too. A
+    member that a whole run trains side by side with others has the same numbers
     but for rounding, all others the very same. number: counted from 0. options: those of `run`.
     Raises what `run` does, and ConfigError for a number that no member has.
     """
@@ -174,6 +177,7 @@ def run_member(config: Config, workdir: AnyPath, number: int, **options: Any) ->
     use_platform(config.get("platform", "default"))
     with imports.telling_files(workdir):
         own_config = turns.alone(config, number)
+    workdirs.claim(workdir, config)
     return run(own_config, workdir / workdirs.member_name(number), **options)
 
 
