@@ -6,11 +6,12 @@ masks, momentum and vectors of curvature do, are divided over the axis `params`.
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax import lax
+from jax import Array, lax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
@@ -28,17 +29,21 @@ __all__ = [
     "check_batch",
     "division",
     "fetch",
+    "filled_up",
     "largest_axis",
     "make",
+    "of_hosts",
     "over_batch",
     "own_rows",
     "put",
     "put_rows",
     "size",
+    "structs",
     "whole",
 ]
 
 AXES = ("data", "params")  # devices along the last one are neighbours
+_UNNAMED = ("batch",)  # the axis of a mesh that is no more than a number of devices
 SMALLEST = 2**12  # entries of an array that is worth dividing
 Rule = Callable[[str, Shape, int], PartitionSpec]
 
@@ -79,6 +84,13 @@ def check_batch(field: str, examples: int, mesh: int | Mapping[str, int]) -> Non
         raise ConfigError(field, examples, allowed=allowed)
 
 
+def filled_up(examples: int, mesh: Mesh | None) -> int:
+    """The size of a batch that holds so many examples: what named axes divide, or as many."""
+    if mesh is None or mesh.axis_names == _UNNAMED:
+        return examples
+    return -(-examples // mesh.size) * mesh.size
+
+
 def make(mesh: int | Mapping[str, int], devices: Sequence[jax.Device]) -> Mesh | None:
     """The first of `devices` as a mesh; None for one device.
 
@@ -96,10 +108,26 @@ def make(mesh: int | Mapping[str, int], devices: Sequence[jax.Device]) -> Mesh |
         return None
     used = np.array(devices[:number])
     if isinstance(mesh, int):
-        return Mesh(used, ("batch",))
+        return Mesh(used, _UNNAMED)
     names = [name for name in AXES if name in mesh]
     grid = used.reshape([mesh[name] for name in names])
     return Mesh(grid, names)
+
+
+def of_hosts(mesh: int | Mapping[str, int]) -> Mesh | None:
+    """`make` of the local devices; of several processes, an integer counts those of each of them,
+    and named axes are over the devices of all.
+    """
+    if not hosts.several():
+        return make(mesh, jax.local_devices())
+    if isinstance(mesh, int):
+        make(mesh, jax.local_devices())
+        return make(0, hosts.devices(mesh))
+    devices = hosts.devices(0)
+    if size(mesh) != len(devices):
+        allowed = f"{len(devices)} in all, those of {hosts.number()} processes"
+        raise ConfigError("mesh", dict(mesh), why=f"{size(mesh)} devices", allowed=allowed)
+    return make(mesh, devices)
 
 
 def over_batch(mesh: Mesh) -> NamedSharding:
@@ -176,6 +204,12 @@ def _fetched(leaf: Any) -> np.ndarray:
     return np.asarray(leaf)
 
 
+def structs(tree: PyTree, shardings: PyTree) -> PyTree:
+    """Shape structs of the arrays of a tree, which say where those belong; a tree of shardings."""
+    struct = lambda leaf, own: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=own)
+    return jax.tree.map(struct, tree, shardings)
+
+
 # Dividing parameters ------------------------------------------------------------------------------
 
 
@@ -227,6 +261,43 @@ class Division(NamedTuple):
     def kept(self, tree: PyTree) -> PyTree:
         """The arrays of a tree, inside a program, which leaves them divided so."""
         return lax.with_sharding_constraint(tree, self.shardings(tree))
+
+    def gathering(self, function: Callable) -> Callable:
+        """`function(tree, *arguments)`, a network's for instance, of arrays that are divided.
+
+        Inside a program each array is gathered where it is used, once more for derivatives, and
+        forgotten in between; its gradient comes back divided.
+        """
+
+        def of_whole(tree: PyTree, *arguments: Any) -> Any:
+            whole = trees.map_named(self._gathered, tree)
+            return function(whole, *arguments)
+
+        return jax.checkpoint(of_whole, policy=_remembered)
+
+    def _gathered(self, path: str, array: Array) -> Array:
+        own = self.sharding(path, array.shape)
+        if not any(own.spec):
+            return array
+        return _gather(own, array)
+
+
+def _remembered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Whether derivatives may use what the operation gave, and need not compute it again."""
+    return primitive.name != "sharding_constraint"
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _gather(divided: NamedSharding, array: Array) -> Array:
+    """`array` whole on every device. Of its gradient each device sums its own part alone."""
+    return lax.with_sharding_constraint(array, divided.update(spec=PartitionSpec()))
+
+
+@_gather.defjvp
+def _derivative_of_gather(divided: NamedSharding, primals: tuple, tangents: tuple) -> tuple:
+    (array,), (change,) = primals, tangents
+    everywhere = lax.with_sharding_constraint(array, divided.update(spec=PartitionSpec()))
+    return everywhere, lax.with_sharding_constraint(change, divided)
 
 
 def division(params: PyTree, mesh: Mesh, rule: Rule) -> Division:

@@ -20,6 +20,7 @@ from sparsity_jax import (
     interface,
     kept,
     lock,
+    meshes,
     platforms,
     provenance,
     stages,
@@ -235,7 +236,7 @@ class Run(NamedTuple):
         is_last = position + 1 == len(self.plan.pipeline)
         if not is_last and arm_of(config, position + 1) != label:
             most = self.plan.common["keep_networks"]
-            hosts.by_first(lambda: kept.save(self.workdir, state, label, position, most))
+            kept.save(self.workdir, state, label, position, most)
 
 
 def _run_plan(
@@ -306,8 +307,10 @@ def _restored(run: Run, state: State, snapshot: Snapshot) -> State:
             state = own[0].begin(run.problem, state, place)
     if state.opt_state == ():
         with checkpoint.reading(snapshot):
-            there = stored.structs(snapshot, state.step.sharding)["opt_state"]
-            state = state._replace(opt_state=interface.carried(there))
+            there = stored.structs(snapshot)["opt_state"]
+            carried = interface.carried(there)
+            like = meshes.structs(carried, run.problem.shardings(carried))
+            state = state._replace(opt_state=like)
     return checkpoint.restore(snapshot, state)
 
 

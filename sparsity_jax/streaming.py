@@ -40,7 +40,7 @@ def examples(problem: Any, split: str, indices: np.ndarray) -> tuple[Array, Arra
 
 def batches(problem: Any, split: str) -> stream.Batches:
     """A split in order, for evaluation; `stream.eval_batches`."""
-    batch_size = min(problem.eval_batch_size, problem.size(split))
+    batch_size = problem.evaluation_batch(split)
     images = problem.split(split).images
     return stream.eval_batches(images, batch_size=batch_size, **_shared(problem, batch_size))
 

@@ -10,7 +10,7 @@ import numpy as np
 import tiny
 from absl import flags
 
-CASES = ("memory", "turns", "streamed")
+CASES = ("memory", "streamed")
 
 
 def write_images(folder: pathlib.Path) -> None:
@@ -27,14 +27,13 @@ def write_images(folder: pathlib.Path) -> None:
 
 
 def config_of(case: str, folder: pathlib.Path) -> dict:
-    """A tiny run: two members side by side, in turn, or images read as a stream."""
+    """A tiny run: two members side by side, or one in turn whose images are a stream."""
     if case == "memory":
-        return tiny.config("fit", "curve", sweep=dict(seed=(0, 1)), checkpoint_seconds=0.0)
-    if case == "turns":
-        return tiny.config("again", sweep=dict(seed=(0, 1), mode="loop"))
+        return tiny.config("again", sweep=dict(seed=(0, 1)), checkpoint_seconds=0.0)
     skipping = dict(image_size=8, unreadable="skip", unreadable_share=0.3)
     images = dict(name=f"folder:{folder / 'images'}", stream=True, **skipping)
-    return tiny.config("again", data=images, eval_batch_size=8)
+    turns = dict(seed=(0,), mode="loop")
+    return tiny.config("again", data=images, eval_batch_size=8, sweep=turns)
 
 
 def refusal(config: dict, workdir: pathlib.Path) -> str:
@@ -62,7 +61,7 @@ def main(folder: str, address: str, number: str, rank: str) -> None:
             outcome = pipeline.run(config_of(case, root), root / case)
             leaves = jax.tree.leaves(jax.device_get(outcome.state))
             np.savez(root / f"{case}_{rank}.npz", *leaves)
-        config = config_of("turns", root)
+        config = config_of("memory", root)
         told = [
             refusal(config, root / f"own_{rank}"),
             refusal({**config, "seed": int(rank)}, root / "differing"),
