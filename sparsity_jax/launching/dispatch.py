@@ -21,7 +21,7 @@ from sparsity_jax.types import Fields
 __all__ = ["Dispatch", "Hand", "Place"]
 
 _LOOK_SECONDS = 0.5  # between two looks at a signal
-_FETCH_SECONDS = 2.0  # between two questions for news
+_FETCH_SECONDS = 1.0  # between two questions for news
 _COUNT_SECONDS = 10.0  # between two questions for room, which nodes that come and go change
 _LINE_SECONDS = 5.0  # between two lines of a log
 _SAVE_SECONDS = 120.0  # that workers have to save and stop
