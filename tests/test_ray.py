@@ -75,7 +75,8 @@ class Cluster:
         pathlib.Path("/tmp/ray").mkdir(exist_ok=True)  # where Ray notes the address
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         words = [sys.executable, "-W", "ignore", "-c", CLUSTER]
-        self.process = subprocess.Popen(words, env={**os.environ, **LOOPBACK}, **pipes)
+        environment = {**os.environ, **LOOPBACK, "PYTHONPATH": str(tiny.ROOT)}
+        self.process = subprocess.Popen(words, env=environment, **pipes)
         _, self.address, self.raylet = self.process.stdout.readline().split()
 
     def tell(self, line):

@@ -319,6 +319,7 @@ class _Line:
         self._bar = tqdm.tqdm(bar_format="{desc}", leave=False, disable=None)
         self._said = -_LINE_SECONDS
         self._settled = -1
+        self._last = ""
 
     def show(self, line: str, settled: int) -> None:
         """settled: number of tasks that have ended."""
@@ -329,9 +330,11 @@ class _Line:
         if settled != self._settled and now - self._said >= _LINE_SECONDS:
             self._settled = settled
             self._said = now
+            self._last = line
             workdirs.say(line)
 
     def close(self, line: str) -> None:
         """Leaves the last line where it can be read."""
         self._bar.close()
-        workdirs.say(line)
+        if line != self._last:
+            workdirs.say(line)

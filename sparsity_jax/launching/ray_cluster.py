@@ -14,6 +14,7 @@ import signal
 import socket
 import tempfile
 import uuid
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -195,7 +196,8 @@ class Cluster:
         try:
             versions, written = self._ray.get(reference, timeout=_SURVEY_SECONDS)
         except Exception as error:  # Ray's own, and those of the node's imports
-            why = f"but its node {host} cannot run sparsity_jax: {reason_of(error)}"
+            cause = getattr(error, "cause", None) or error  # what a task raised
+            why = f"but its node {host} cannot run sparsity_jax: {reason_of(cause)}"
             raise ConfigError("--launcher", "ray", why=why) from None
         sees = bool(written) and probe.with_name(written).is_file()
         return Seen(host, versions, sees)
@@ -240,10 +242,20 @@ class Handle:
 def versions() -> Fields:
     """Those of this process that all nodes must share."""
     major, minor, _ = platform.python_version_tuple()
-    found: Fields = {"python": f"{major}.{minor}", "sparsity_jax": sparsity_jax.__version__}
+    own = f"{sparsity_jax.__version__} (source {_source()})"
+    found: Fields = {"python": f"{major}.{minor}", "sparsity_jax": own}
     for name in _LIBRARIES:
         found[name] = importlib.metadata.version(name)
     return found
+
+
+def _source() -> str:
+    """A digest of the library's files: copies of one version may differ while it is worked on."""
+    folder = Path(sparsity_jax.__file__).parent
+    total = 0
+    for path in sorted(folder.rglob("*.py")):
+        total = zlib.crc32(path.read_bytes(), total)
+    return f"{total:08x}"
 
 
 def compare(here: Fields, seen: list[Seen]) -> None:
