@@ -3,11 +3,15 @@
 docs/tutorials/NAME.py is a notebook in percent format. It runs in an empty folder of its own; one
 with a cell that raises or warns is no page. Beside it come NAME.md, which the documentation site
 shows, its figures in NAME_files/, and NAME.ipynb, executed. Needs the extra `docs`.
+
+A tutorial about a GPU runs everywhere, but its page shows what a GPU answered: where there is one,
+its outputs are stored in docs/tutorials/stored/ to be committed; elsewhere those are shown.
 """
 
 import argparse
 import os
 import pathlib
+import subprocess
 import sys
 import tempfile
 import time
@@ -20,7 +24,10 @@ from nbconvert import MarkdownExporter
 from nbconvert.writers import FilesWriter
 
 FOLDER = pathlib.Path(__file__).resolve().parents[1] / "docs" / "tutorials"
+STORED = FOLDER / "stored"
 TIMEOUT = 300  # seconds per cell
+ON_GPU = ("gpu",)  # tutorials about one
+NONE_STORED = "*Outputs are missing: no GPU has run this page since its text was written.*"
 
 
 def execute(path: pathlib.Path) -> nbformat.NotebookNode:
@@ -59,6 +66,38 @@ def write(notebook: nbformat.NotebookNode, name: str) -> None:
     FilesWriter(build_directory=str(FOLDER)).write(page, resources, notebook_name=name)
 
 
+def of_a_gpu(notebook: nbformat.NotebookNode, name: str) -> nbformat.NotebookNode:
+    """The executed notebook if a GPU did it, else the stored one, without outputs if there is none
+    of the same text.
+    """
+    path = STORED / f"{name}.ipynb"
+    if backend() == "gpu":
+        STORED.mkdir(exist_ok=True)
+        nbformat.write(notebook, path)
+        return notebook
+    if path.exists():
+        stored = nbformat.read(path, as_version=4)
+        if sources(stored) == sources(notebook):
+            return stored
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = []
+    notebook.cells[0].source += f"\n\n{NONE_STORED}"
+    return notebook
+
+
+def backend() -> str:
+    """Where JAX computes, asked of another process: this one would hold the GPU's memory."""
+    ask = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
+    answer = subprocess.run(ask, capture_output=True, text=True, check=True)
+    return answer.stdout.strip()
+
+
+def sources(notebook: nbformat.NotebookNode) -> list[str]:
+    """The texts of its cells."""
+    return [cell.source for cell in notebook.cells]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Executes tutorials and writes them as pages.")
     known = sorted(path.stem for path in FOLDER.glob("*.py"))
@@ -72,6 +111,8 @@ def main() -> None:
         notebook = execute(FOLDER / f"{name}.py")
         if lines := list(warned(notebook)):
             sys.exit(f"{name} warns: {lines}")
+        if name in ON_GPU:
+            notebook = of_a_gpu(notebook, name)
         write(notebook, name)
         print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
     print(f"{len(names)} tutorials: {time.monotonic() - begin:.0f} s")

@@ -33,6 +33,7 @@ _MODULES = (
     "linops",
     "losses",
     "masks",
+    "meshes",
     "models",
     "optim",
     "pipeline",

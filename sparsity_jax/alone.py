@@ -32,7 +32,8 @@ class EachMember(interface.Stage):
             after, added = stage.of_member(alone, network, place.of_member(member))
             states.append(after)
             rows.append(added)
-        yield Update(train.together(problem, states), rows, 1.0)
+        after_all = problem.divide(train.together(problem, states))
+        yield Update(after_all, rows, 1.0)
 
 
 class OneByOne(interface.Stage):

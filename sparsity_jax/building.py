@@ -11,7 +11,18 @@ from typing import Any
 import jax
 from jax import eval_shape, local_devices
 
-from sparsity_jax import ancestry, data, models, plans, tables, train, trees, weights, workdirs
+from sparsity_jax import (
+    ancestry,
+    data,
+    meshes,
+    models,
+    plans,
+    tables,
+    train,
+    trees,
+    weights,
+    workdirs,
+)
 from sparsity_jax.plans import Plan
 from sparsity_jax.tables import ConfigError, reason_of, within
 from sparsity_jax.train import Problem, shapes_of
@@ -88,11 +99,8 @@ def build(every: list[Plan]) -> Problem:
     them.
     """
     common = every[0].common
-    devices = len(local_devices())
-    if common["mesh"] > devices:
-        raise ConfigError(
-            "config.mesh", common["mesh"], allowed=f"0 (all) to {devices}, the local devices"
-        )
+    with within("config"):
+        meshes.make(common["mesh"], local_devices())
     with within("config.data"):
         dataset = data.load(**common["data"])
     model = models.build(num_classes=dataset.num_classes, **common["model"])
@@ -100,6 +108,7 @@ def build(every: list[Plan]) -> Problem:
         dataset,
         model,
         mesh=common["mesh"],
+        mesh_rule=meshes.RULES[common["mesh_rule"]],
         members=every[0].size,
         eval_batch_size=common["eval_batch_size"],
         sample=data.FixedSample(common["sample"], common["sample_seed"]),

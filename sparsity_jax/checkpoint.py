@@ -10,10 +10,9 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 
-from sparsity_jax import intact, tables, workdirs
+from sparsity_jax import intact, meshes, tables, workdirs
 from sparsity_jax.intact import DamagedError
 from sparsity_jax.types import Config, PyTree
 from sparsity_jax.workdirs import FOLDER, PROGRESS, STATE, Progress, Snapshot, numbers_in
@@ -169,5 +168,5 @@ class Checkpoints:
 
 def _same_bits(first: PyTree, second: PyTree) -> bool:
     pairs = zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
-    content = lambda leaf: np.asarray(leaf).tobytes()
+    content = lambda leaf: meshes.fetch(leaf).tobytes()
     return all(content(a) == content(b) for a, b in pairs)

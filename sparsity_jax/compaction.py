@@ -96,7 +96,7 @@ def take_stock(problem: Problem, state: State, stage: Compact) -> Row:
     images, _ = problem.examples("test", stage.batch_size)
     images = problem.images(images)
     networks = {
-        "dense": (problem.model.apply, state.variables),
+        "dense": (problem.apply, state.variables),
         "compact": (stock.apply, stock.variables),
     }
     calls = {}

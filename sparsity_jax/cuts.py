@@ -354,7 +354,7 @@ def make_scores(problem: Problem, stage: Cut) -> Callable:
         # no part of gradients and Hessian products
         fixed = jax.lax.stop_gradient(variables["batch_stats"])
         images, labels = batch
-        logits = problem.model.apply({**variables, "batch_stats": fixed}, problem.images(images))
+        logits = problem.apply({**variables, "batch_stats": fixed}, problem.images(images))
         return losses.cross_entropy(logits / temperature, labels).mean()
 
     @jax.jit

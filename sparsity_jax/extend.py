@@ -15,7 +15,18 @@ import sys
 from collections.abc import MutableMapping
 from typing import Any
 
-from sparsity_jax import data, imports, losses, models, optim, plans, scores, sources, tables
+from sparsity_jax import (
+    data,
+    imports,
+    losses,
+    meshes,
+    models,
+    optim,
+    plans,
+    scores,
+    sources,
+    tables,
+)
 from sparsity_jax.interface import Stage
 from sparsity_jax.report import page
 from sparsity_jax.tables import ConfigError
@@ -32,6 +43,7 @@ TABLES: dict[str, MutableMapping[str, Any]] = {
     "schedule": optim.SCHEDULES,
     "loss": losses.LOSSES,
     "measure": scores.MEASURES,
+    "mesh_rule": meshes.RULES,
 }
 _TAKEN = {what: frozenset(table) for what, table in TABLES.items()}  # the library's own names
 
@@ -54,6 +66,7 @@ def register(what: str, name: str, entry: Any) -> None:
     schedule: `entry(learning_rate, epochs, steps_per_epoch, *, options...)` gives an `optim.Rate`.
     loss: `entry(logits, labels, *, options...)`, one number per example.
     measure: a `scores.Measure`.
+    mesh_rule: `entry(path, shape, devices)` gives the PartitionSpec of a parameter.
     figure: `entry(series)` gives a `report.sections.Section` or None; name: the kind of stage whose
     rows it shows. Primitives of JAX: `groups.teach`. Raises ConfigError for another `what`, and for
     a name that is the library's own.

@@ -25,6 +25,7 @@ from sparsity_jax import (
     interface,
     linops,
     losses,
+    meshes,
     spectrum,
     stages,
     tables,
@@ -421,7 +422,7 @@ class RowNorms(TrainingLoss):
         variables = wide_variables(state)
         selected = spectrum.select(variables[0], self.parameters).params
         prunable = allocate.prunable(selected, "kernels")
-        entries = spectrum.quantile_entries(prunable, self.num_weights)
+        entries = spectrum.quantile_entries(meshes.fetch(prunable), self.num_weights)
         norm_of = self.row_norm(problem)
         norms = [row["row_norm"] for row in rows]
         for path, index, magnitude in entries[len(rows) :]:
@@ -532,13 +533,12 @@ class Spectrum(TrainingLoss):
     def begin(self, problem: Problem, state: State, place: Place) -> State:
         state = interface.without_optimizer(state)
         first = train.member_of(problem, state, 0)
-        return state._replace(opt_state=self.started(first, place.position, 0))
+        return state._replace(opt_state=self.started(problem, first, place.position, 0))
 
-    def started(self, state: State, position: int, number: int) -> Probe:
+    def started(self, problem: Problem, state: State, position: int, number: int) -> Probe:
         """A probe of one network before its first product."""
-        key = train.stage_key(state.key, position)
-        key = jax.random.fold_in(key, number)
-        start = linops.rademacher(key, self.variables(state))
+        draw = problem.with_members(None).program(_start_vector, self)
+        start = draw(state, position, number)
         return Probe(jnp.asarray(number, jnp.int32), self.lanczos.init(start))
 
     def variables(self, state: State) -> PyTree:
@@ -578,7 +578,7 @@ class Spectrum(TrainingLoss):
         reader = min(widths, key=nearness)
         variables = wide_variables(state)
         epsilon, _ = tolerated(problem, variables, reader)
-        distances = width.distances(variables[0])
+        distances = width.distances(meshes.fetch(variables[0]))
         zero_share = _zero_share_of(reader, place.earlier[0])
         name: Any = OPERATORS[self.operator]
 
@@ -610,7 +610,7 @@ class Spectrum(TrainingLoss):
         number, lanczos = state.opt_state
         for probe in range(len(rows), self.num_probes):
             if int(number) != probe:
-                number, lanczos = self.started(state, place.position, probe)
+                number, lanczos = self.started(problem, state, place.position, probe)
             started = time.perf_counter()
             while not self.is_finished(lanczos, gap):
                 lanczos = self.lanczos.step(matvec, lanczos)
@@ -722,7 +722,7 @@ class Width(TrainingLoss):
         plain: Fields = dict(negative=self.negative, zero_share=_zero_share_of(self, earlier))
         name: Any = OPERATORS[spectra[0]["operator"]]
         options: Fields = dict(operator=name, **plain)
-        reach = (width.distances(variables[0]), epsilon)
+        reach = (width.distances(meshes.fetch(variables[0])), epsilon)
         answer = width.predict_probes(tridiagonal, *reach, epsilons=draws, **options)
         course = width.history(tridiagonal, *reach, **options)
         values, weights = linops.ritz(tridiagonal)
@@ -762,6 +762,15 @@ class Width(TrainingLoss):
             ritz_weights=weights.tolist(),
         )
         yield Update(state, [[row]], 1.0)
+
+
+def _start_vector(
+    problem: Problem, stage: Spectrum, state: State, position: int, number: int
+) -> PyTree:
+    """The random vector that a probe of one network starts from."""
+    del problem
+    key = train.stage_key(state.key, position)
+    return linops.rademacher(jax.random.fold_in(key, number), stage.variables(state))
 
 
 def _known(number: float) -> float | None:

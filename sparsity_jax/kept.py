@@ -14,7 +14,7 @@ import safetensors
 import safetensors.flax
 from jax import Array
 
-from sparsity_jax import intact, trees
+from sparsity_jax import intact, meshes, trees
 from sparsity_jax.intact import DamagedError
 from sparsity_jax.tables import reason_of
 from sparsity_jax.types import AnyPath
@@ -81,8 +81,8 @@ def save(workdir: AnyPath, state: Any, label: str, position: int, most: int) -> 
 def _arrays_of(state: Any) -> dict[str, Array]:
     """The arrays of a state by path, masks packed in bits."""
     tree = {name: getattr(state, name) for name in _PARTS}
-    tree[_MASKS] = jax.tree.map(lambda mask: np.packbits(np.asarray(mask)), state.masks)
-    return trees.named_leaves(jax.device_get(tree))
+    tree[_MASKS] = jax.tree.map(np.packbits, meshes.fetch(state.masks))
+    return trees.named_leaves(meshes.fetch(tree))
 
 
 def arrays(kept: Kept) -> dict[str, Array]:

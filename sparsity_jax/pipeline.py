@@ -19,6 +19,7 @@ from sparsity_jax import (
     interface,
     kept,
     lock,
+    meshes,
     platforms,
     provenance,
     stages,
@@ -95,6 +96,8 @@ def run(
     with imports.telling_files(workdir):
         plans = check(config)
     workdirs.refuse_other(workdir, config)
+    if len(plans) == 1:
+        workdirs.refuse_members(workdir)
     lock.refuse(workdir, stale_seconds=lock_seconds)
     with enough_memory_for("config.data", None, plans[0].common):
         problem = build(plans)
@@ -125,8 +128,9 @@ def run_member(config: Config, workdir: AnyPath, number: int, **options: Any) ->
     """Runs, or continues, one member of the sweep of `config` alone, in `workdir/member_NNN`.
 
     Nothing is shared but the folder, so that members may run at the same time, on any machines:
-    array jobs of Slurm, indexed jobs of Kubernetes. `report` and `compare` of `workdir` read all
-    that are there. A member that a whole run trains side by side with others has the same numbers
+    array jobs of Slurm, indexed jobs of Kubernetes. `report`, `compare` and `evaluate` of `workdir`
+    read all that are there, and `run` goes on with them where it has a folder for each, too. A
+    member that a whole run trains side by side with others has the same numbers
     but for rounding, all others the very same. number: counted from 0. options: those of `run`.
     Raises what `run` does, and ConfigError for a number that no member has.
     """
@@ -137,6 +141,7 @@ def run_member(config: Config, workdir: AnyPath, number: int, **options: Any) ->
     use_platform(config.get("platform", "default"))
     with imports.telling_files(workdir):
         own_config = turns.alone(config, number)
+    workdirs.claim(workdir, config)
     return run(own_config, workdir / workdirs.member_name(number), **options)
 
 
@@ -268,8 +273,10 @@ def _restored(run: Run, state: State, snapshot: Snapshot) -> State:
             state = own[0].begin(run.problem, state, place)
     if state.opt_state == ():
         with checkpoint.reading(snapshot):
-            there = stored.structs(snapshot, state.step.sharding)["opt_state"]
-            state = state._replace(opt_state=interface.carried(there))
+            there = stored.structs(snapshot)["opt_state"]
+            carried = interface.carried(there)
+            like = meshes.structs(carried, run.problem.shardings(carried))
+            state = state._replace(opt_state=like)
     return checkpoint.restore(snapshot, state)
 
 

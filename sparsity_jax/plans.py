@@ -18,6 +18,7 @@ from sparsity_jax import (
     greg,
     interface,
     members,
+    meshes,
     models,
     pretrained,
     removal,
@@ -79,7 +80,8 @@ def settings(
     fresh_classifier: bool = False,
     seed: tables.Seed = 0,
     platform: Platform = "default",
-    mesh: Index = 1,
+    mesh: Index | dict = 1,
+    mesh_rule: str = "largest_axis",
     steps_per_call: Index = 0,
     eval_batch_size: tables.Count = 1000,
     sample: Literal["spread", "first"] = "spread",
@@ -103,7 +105,10 @@ def settings(
     `pretrained.name_map`. pretrained_zeros: whether weights that are zero in the file train as
     all others, or are masked as pruned ones and stay zero ("keep"). fresh_classifier: without
     its last layer, which starts fresh: for other classes. platform: where to compute (default:
-    JAX's choice). mesh: local devices that share each batch, 0 for all. steps_per_call:
+    JAX's choice). mesh: local devices that share each batch, 0 for all; or how many along each of
+    two axes, e.g. `dict(data=2, params=4)`: batches are divided over all of them, parameters and
+    what is as large over those of `params`. mesh_rule: which axis of a parameter is divided, a row
+    of `meshes.RULES`. steps_per_call:
     training steps per compiled call, 0 for automatic. eval_batch_size: images per batch of
     evaluations. sample: which images a stage takes that is given a number of them
     (`imp_samples`, `num_examples`): "spread" evenly over the stored order, in memory and
@@ -229,6 +234,7 @@ def check(config: Config) -> list[Plan]:
     with within("config.data"):
         data.check(**dict(common["data"]))
     used = stages_used(common["pipeline"], every)
+    _check_batches(common, every, used)
     if common["data"].get("stream"):
         _check_streamed(common, every, used)
     groups = _side_by_side(common, every, used)
@@ -241,6 +247,9 @@ def _check_common(config: Fields) -> Fields:
     fields = {name: value for name, value in config.items() if name not in names}
     with within("config"):
         common = check_options(settings, fields, also=names)
+        meshes.check(common["mesh"])
+        lookup(meshes.RULES, common["mesh_rule"], "mesh_rule")
+        meshes.check_batch("eval_batch_size", common["eval_batch_size"], common["mesh"])
     check_names(common["pipeline"], names)
     return common
 
@@ -333,6 +342,14 @@ def stages_used(pipeline: Sequence[str], every: Sequence[Member]) -> list[str]:
     """Names of the stages that run, those that retrain included."""
     again = {member.stages[name].retrain for member in every for name in pipeline}
     return sorted({*pipeline, *again} - {""})
+
+
+def _check_batches(common: Config, every: Sequence[Member], used: Sequence[str]) -> None:
+    """Raises ConfigError for a batch that named axes cannot divide."""
+    for member, name in itertools.product(every, used):
+        batch_size = getattr(member.stages[name], "batch_size", 0)
+        with within(f"config.{name}"):
+            meshes.check_batch("batch_size", batch_size, common["mesh"])
 
 
 def _check_streamed(common: Config, every: Sequence[Member], used: Sequence[str]) -> None:

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, random
@@ -76,7 +75,7 @@ class SfwInit(Stage):
         axes = (0, 0, 0, None, None)
         iterate = problem.program(_rescaled, self, place.position, key=key, axes=axes)
         numbers = train.numbers_of(problem, state, place.own)
-        begin = problem.once(gradinit.init, lambda: jax.jit(problem.lift(gradinit.init)))
+        begin = problem.program(_unscaled)
         scales = begin(state.params)
         images, labels = train.arrays(problem, "train")
         for i in range(1, self.iterations + 1):
@@ -92,6 +91,12 @@ class SfwInit(Stage):
             # same ones
             scaled = state._replace(params=scales.params) if last else None
             yield Update(scaled, rows, i / self.iterations)
+
+
+def _unscaled(problem: Problem, params: PyTree) -> gradinit.ScaleState:
+    """Scales of one."""
+    del problem
+    return gradinit.init(params)
 
 
 def _rescaled(
@@ -123,7 +128,7 @@ def _rescaled(
     def loss(params: PyTree, batch: tuple) -> Array:
         inputs, targets, key = batch
         variables = {"params": params, "batch_stats": state.batch_stats}
-        logits, _ = problem.model.apply_train(variables, inputs, key)
+        logits, _ = problem.apply_train(variables, inputs, key)
         return losses.cross_entropy(logits, targets).mean()
 
     step = gradinit.scale_step(

@@ -15,6 +15,7 @@ from sparsity_jax import (
     allocate,
     interface,
     masks,
+    meshes,
     stopping,
     structured,
     tables,
@@ -286,7 +287,7 @@ class Curve(Selecting):
         Where some are below, one point comes first: the network as it is, at the share removed.
         """
         left_in = problem.program(_left, self, key=self.selecting(0))
-        left, gone = jax.device_get(left_in(state.masks))
+        left, gone = meshes.fetch(left_in(state.masks))
         left = np.atleast_1d(left)
         gone = np.atleast_1d(gone)
         counts = [self.counts(problem, ratio) for ratio in self.ratios]

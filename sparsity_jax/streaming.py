@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from sparsity_jax import stopping, stream
+from sparsity_jax import meshes, stopping, stream
 from sparsity_jax.types import PyTree
 
 __all__ = ["Calls", "batches", "examples", "measured", "put", "steps"]
@@ -24,7 +24,7 @@ def put(problem: Any, batch: tuple[np.ndarray, ...]) -> tuple[Array, ...]:
     sharding = problem.over_devices(batch[0])
     if sharding is None:
         return problem.place(batch)
-    return jax.device_put(batch, sharding)
+    return meshes.put(batch, sharding)
 
 
 def examples(problem: Any, split: str, indices: np.ndarray) -> tuple[Array, Array]:
@@ -37,7 +37,7 @@ def batches(problem: Any, split: str) -> stream.Batches:
     """A split in order, for evaluation; `stream.eval_batches`."""
     return stream.eval_batches(
         problem.split(split).images,
-        batch_size=min(problem.eval_batch_size, problem.size(split)),
+        batch_size=problem.evaluation_batch(split),
         put=partial(put, problem),
     )
 

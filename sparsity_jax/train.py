@@ -6,7 +6,7 @@ only place that knows.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import cached_property, partial
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array, ShapeDtypeStruct, eval_shape, lax, local_devices, random
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, Sharding
 
 from sparsity_jax import (
     data,
@@ -24,6 +24,7 @@ from sparsity_jax import (
     interface,
     losses,
     masks,
+    meshes,
     models,
     optim,
     polytopes,
@@ -150,6 +151,7 @@ class Problem(NamedTuple):
     model: models.Model
     dataset: Dataset  # for names, sizes and statistics
     mesh: Mesh | None
+    division: meshes.Division | None  # of the parameters; None: every device has all
     members: int | None  # size of the leading axis of states; None: no such axis
     eval_batch_size: int
     steps_per_call: int  # 0: automatic
@@ -186,8 +188,16 @@ class Problem(NamedTuple):
         It is compiled once per `key`, by default `fixed`. axes: of `lift`, of the other arguments.
         options: of `jax.jit`.
         """
-        compiled = lambda: jax.jit(self.lift(partial(function, self, *fixed), axes), **options)
+        lifted = self.lift(partial(function, self, *fixed), axes)
+        compiled = lambda: jax.jit(self.dividing(lifted), **options)
         return self.once((function, fixed if key is None else key), compiled)
+
+    def dividing(self, function: Callable) -> Callable:
+        """`function`, inside a program, whose results are divided as the parameters are."""
+        division = self.division
+        if division is None:
+            return function
+        return lambda *arguments: division.kept(function(*arguments))
 
     def with_members(self, members: int | None) -> "Problem":
         """This problem for states of so many members, with programs of its own."""
@@ -196,11 +206,11 @@ class Problem(NamedTuple):
         compiled = self.once(("with members", members), dict)
         return self._replace(members=members, compiled=compiled)
 
-    def over_devices(self, batch: Any) -> jax.sharding.Sharding | None:
+    def over_devices(self, batch: Any) -> Sharding | None:
         """How a batch is split over the mesh; None: it is not, as a data set's last one may be."""
         if self.mesh is None or len(batch) % self.mesh.size:
             return None
-        return NamedSharding(self.mesh, PartitionSpec("batch"))
+        return meshes.over_batch(self.mesh)
 
     def shard(self, batch: Array) -> Array:
         """Splits a batch over the devices of the mesh, inside a program."""
@@ -211,11 +221,20 @@ class Problem(NamedTuple):
 
     def place(self, tree: PyTree) -> PyTree:
         """`tree` on the device, or copied to every device of the mesh."""
-        if self.mesh is None:
-            # there to stay, as a checkpoint is read: the same programs after an interruption
-            return jax.device_put(tree, jax.local_devices()[0])
-        everywhere = NamedSharding(self.mesh, PartitionSpec())
-        return jax.device_put(tree, everywhere)
+        # there to stay, as a checkpoint is read: the same programs after an interruption
+        return meshes.put(tree, meshes.whole(self.mesh))
+
+    def shardings(self, tree: PyTree) -> PyTree:
+        """Where the arrays of a tree belong, parameters and what has their paths and shapes divided
+        as they are.
+        """
+        if self.division is None:
+            return jax.tree.map(lambda _: meshes.whole(self.mesh), tree)
+        return self.division.shardings(tree)
+
+    def divide(self, tree: PyTree) -> PyTree:
+        """`tree` where its arrays belong, see `shardings`."""
+        return meshes.put(tree, self.shardings(tree))
 
     @property
     def streamed(self) -> bool:
@@ -229,6 +248,11 @@ class Problem(NamedTuple):
     def size(self, split: str) -> int:
         """Number of images of "train" or "test"."""
         return self.split(split).images.shape[0]
+
+    def evaluation_batch(self, split: str) -> int:
+        """Images per batch of an evaluation, what lacks in a split included."""
+        images = min(self.eval_batch_size, self.size(split))
+        return meshes.filled_up(images, self.mesh)
 
     def image(self, count: int) -> ShapeDtypeStruct:
         """So many images as the network takes them, of which only the shape is known."""
@@ -268,19 +292,37 @@ class Problem(NamedTuple):
 
     def init(self, key: Array) -> PyTree:
         """Fresh variables, none of them pretrained; key: a root key."""
-        return self.model.init(random.fold_in(key, 0), self.image(1))
+        create = self.dividing(self.model.init)
+        return create(random.fold_in(key, 0), self.image(1))
+
+    def apply(self, variables: PyTree, images: Array) -> Array:
+        """What the network answers to its inputs, in inference mode; `Model.apply`."""
+        return self._gathering(self.model.apply)(variables, images)
+
+    def apply_train(
+        self, variables: PyTree, images: Array, key: Array | None
+    ) -> tuple[Array, PyTree]:
+        """The same in training mode, and its new batch statistics; `Model.apply_train`."""
+        return self._gathering(self.model.apply_train)(variables, images, key)
+
+    def _gathering(self, function: Callable) -> Callable:
+        """A function of variables, which it finds whole."""
+        if self.division is None:
+            return function
+        return self.division.gathering(function)
 
     def logits(self, params: PyTree, batch_stats: PyTree, images: Array) -> Array:
         """What the network answers to uint8 images, in inference mode."""
         variables = {"params": params, "batch_stats": batch_stats}
-        return self.model.apply(variables, self.images(images))
+        return self.apply(variables, self.images(images))
 
 
 def build_problem(
     dataset: Dataset,
     model: models.Model,
     *,
-    mesh: int = 1,
+    mesh: int | Mapping[str, int] = 1,
+    mesh_rule: meshes.Rule = meshes.largest_axis,
     members: int | None = None,
     eval_batch_size: int = 1000,
     steps_per_call: int = 0,
@@ -291,18 +333,20 @@ def build_problem(
     """Puts data in memory on the device; of a stream some images are decoded to find mistakes, see
     `data.look_at`.
 
-    mesh: number of local devices that share each batch, 0 for all. sample: see `Problem.examples`.
+    mesh: number of local devices that share each batch, 0 for all, or how many along each of the
+    named `meshes.AXES`. mesh_rule: divides the parameters over the axis `params`, see
+    `meshes.division`. sample: see `Problem.examples`.
     """
     streamed = isinstance(dataset.train.images, data.Stream)
     if streamed:
         train, test = (data.look_at(split.images) for split in dataset[1:3])
         dataset = dataset._replace(train=data.Split(train, None), test=data.Split(test, None))
-    devices = local_devices()[: mesh or None]
-    grid = Mesh(np.array(devices), ("batch",)) if len(devices) > 1 else None
+    grid = meshes.make(mesh, local_devices())
     problem = Problem(
         model,
         dataset,
         grid,
+        None,
         members,
         eval_batch_size,
         steps_per_call,
@@ -311,6 +355,9 @@ def build_problem(
         precision=precision,
         curvature_precision=curvature_precision,
     )
+    if grid is not None and "params" in grid.axis_names:
+        division = meshes.division(shapes_of(problem), grid, mesh_rule)
+        problem = problem._replace(division=division)
     if streamed:
         return problem
     names = ("train_images", "train_labels", "test_images", "test_labels")
@@ -628,7 +675,7 @@ def numbers_of(problem: Problem, state: State, stages: Sequence[Any]) -> Fields:
     norms = None
     order = None
     if any(map(optim.needs_norms, recipes)):
-        norms = jax.device_get(problem.program(_initial_norms)(state.key))
+        norms = meshes.fetch(problem.program(_initial_norms)(state.key))
         if any(recipe.norms == "per_shape" for recipe in recipes):
             order = problem.once("network order", lambda: _network_order(problem))
     numbers = []
@@ -692,7 +739,7 @@ def step_on_batch(
     def mean_loss(params: PyTree) -> tuple[Array, tuple[PyTree, Array]]:
         variables = {"params": params, "batch_stats": state.batch_stats}
         dropout = random.fold_in(key, 1)
-        logits, batch_stats = problem.model.apply_train(variables, inputs, dropout)
+        logits, batch_stats = problem.apply_train(variables, inputs, dropout)
         return loss_of(logits, targets).mean(), (batch_stats, logits)
 
     with_gradient = jax.value_and_grad(mean_loss, has_aux=True)
@@ -731,11 +778,13 @@ def steps_in_memory(
     order: int32 [N], this epoch's examples.
     """
 
+    one_step = problem.dividing(step_on_batch)
+
     def step(state: State, _: None) -> tuple[State, None]:
         start = (state.step % fit.steps_per_epoch(problem)) * fit.batch_size
         index = lax.dynamic_slice_in_dim(order, start, fit.batch_size)
         batch = images[index], labels[index]
-        return step_on_batch(problem, fit, state, numbers, position, *batch), None
+        return one_step(problem, fit, state, numbers, position, *batch), None
 
     if size == 1:
         return step(state, None)[0]
@@ -859,7 +908,7 @@ def _shuffled(problem: Problem, key: Array, position: int, epoch: int) -> Array:
 
 def check_finite(state: State, steps_per_epoch: int) -> None:
     """Raises NonFiniteLossError if some loss so far was not finite."""
-    bad = np.ravel(jax.device_get(state.metrics.bad_step))
+    bad = np.ravel(meshes.fetch(state.metrics.bad_step))
     if (bad < 0).all():
         return
     first = bad[bad >= 0].min()
@@ -902,7 +951,7 @@ def member_rows(problem: Problem, values: Fields, **common: Any) -> MemberRows:
     """One row per member of `values` (scalars, or arrays with a leading member axis), fetched at
     once.
     """
-    values = jax.tree.map(np.asarray, jax.device_get(values))
+    values = meshes.fetch(values)
     rows = []
     for i in range(problem.members or 1):
         own = jax.tree.map(lambda leaf: leaf.tolist(), member_of(problem, values, i))
@@ -925,7 +974,7 @@ def evaluation(
 ) -> tuple[Array, Array]:
     """(mean loss, accuracy) of one member over a whole split in memory; traceable."""
     size = problem.size(split)
-    batch = min(problem.eval_batch_size, size)
+    batch = problem.evaluation_batch(split)
 
     def add(total: tuple, start: Array) -> tuple:
         index = start + jnp.arange(batch)

@@ -228,7 +228,7 @@ class Jacobian(alone.EachMember):
 def _isometry(problem: Problem, state: State, images: Array) -> Fields:
     variables = state.variables
     values = probes.jacobian_singular_values(
-        problem.model.apply, variables, images, precision=problem.curvature_precision
+        problem.apply, variables, images, precision=problem.curvature_precision
     )
     return dict(probes.isometry(values)._asdict(), mean_by_rank=values.mean(0))
 

@@ -27,7 +27,7 @@ def starting_with(problem: Problem, common: Config) -> Problem:
     leaves = named_leaves(variables)
     given = {path: leaf for path, leaf in leaves.items() if leaf is not fresh[path]}
     keep = common["pretrained_zeros"] == "keep"
-    return problem._replace(pretrained=problem.place(given), keep_zeros=keep)
+    return problem._replace(pretrained=problem.divide(given), keep_zeros=keep)
 
 
 def told(problem: Problem) -> str:

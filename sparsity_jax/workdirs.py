@@ -41,6 +41,7 @@ __all__ = [
     "numbers_in",
     "read",
     "read_config",
+    "refuse_members",
     "refuse_other",
     "renumbered",
     "say",
@@ -230,6 +231,21 @@ def refuse_other(workdir: AnyPath, config: Config) -> None:
                 why=f"an unfinished run of sparsity_jax {version}",
                 allowed="that version, or another folder",
             )
+
+
+def refuse_members(workdir: AnyPath) -> None:
+    """Raises ConfigError where members ran by themselves in `workdir`, for a run whose members have
+    no folders of their own.
+    """
+    folders = member_folders(workdir)
+    if folders:
+        first, *_ = folders.values()
+        raise ConfigError(
+            "--workdir",
+            str(workdir),
+            why=f"where {first.name} ran alone, but a whole run trains all members in one program",
+            allowed="--member for the others too, or another folder",
+        )
 
 
 def holds_run(workdir: AnyPath) -> bool:

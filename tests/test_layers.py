@@ -25,6 +25,7 @@ NUMERICS = (
         "platforms",
         "blocks",
         "trees",
+        "meshes",
         "originals",
         "pixels",
         "decoding",

@@ -14,6 +14,7 @@ from sparsity_jax import (
     ancestry,
     checkpoint,
     data,
+    evaluate,
     optim,
     pipeline,
     plans,
@@ -464,6 +465,9 @@ def test_both_modes_of_a_sweep_give_the_rows_of_single_runs(tmp_path):
     whole = tiny.config("fit", "curve", sweep=sweep)
     for number, rate in enumerate((0.02, 0.2)):
         single = pipeline.run_member(whole, tmp_path / "alone", number).rows
+        if number == 0:
+            with tiny.refused("--workdir", str(tmp_path / "alone"), allowed="--member"):
+                pipeline.run(whole, tmp_path / "alone")  # would train both in one program
         for a, b, c in zip(of(together.rows, rate), of(loop.rows, rate), single, strict=True):
             assert (a["stage"], a.get("epoch"), a.get("ratio")) == (
                 c["stage"],
@@ -478,6 +482,11 @@ def test_both_modes_of_a_sweep_give_the_rows_of_single_runs(tmp_path):
     assert found.to_list() == [of(loop.rows, rate)[-1]["loss"] for rate in (0.02, 0.2)]
     with tiny.refused("--member", 2, allowed="0 to 1"):
         pipeline.run_member(whole, tmp_path / "alone", 2)
+    with tiny.complains("another config"):
+        pipeline.run_member({**whole, "seed": 1}, tmp_path / "alone", 0)
+    assert pipeline.run(whole, tmp_path / "alone").rows  # finished
+    measured = [row["swept"] for row in evaluate.run(tmp_path / "alone")]
+    assert measured == [{"fit.optimizer.learning_rate": rate} for rate in (0.02, 0.2)]
 
 
 def test_networks_with_convolutions_are_known_by_their_shapes():
