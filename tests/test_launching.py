@@ -359,6 +359,8 @@ def test_a_node_says_whether_it_sees_the_workdir(tmp_path):
     assert versions == ray_cluster.versions()
     assert (tmp_path / answer).is_file()
     assert ray_cluster._look(str(tmp_path / "elsewhere"))[1] == ""
+    probe.write_text("of another folder of the same name")
+    assert ray_cluster._look(str(probe))[1] == ""
     nodes = [dict(Alive=True, NodeManagerHostname="a", Resources=dict(CPU=2.0))]
     cluster = ray_cluster.Cluster(
         types.SimpleNamespace(nodes=lambda: nodes), resources.read("gpu=1")

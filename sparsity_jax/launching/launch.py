@@ -71,6 +71,8 @@ def run(
         every = turns.turns_of(plans.check(config), workdir, config)
     files = worker.shipped(imports.REGISTERED)
     workdirs.refuse_other(workdir, config)
+    if len(every) == 1:
+        workdirs.refuse_members(workdir)
     lock.refuse(workdir, stale_seconds=lock_seconds)
     setup = worker.Setup(
         config=config,
