@@ -109,7 +109,6 @@ def begin(place: watch.Place, limits: watch.Limits) -> None:
     _lost_seconds = limits.lost_seconds
     address = place.address or None
     host, _, _ = place.address.rpartition(":")
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
     faulthandler.enable(2)  # where the runtime logs, see `watch`
     watch.note(watch.JOINING)
     try:
@@ -134,10 +133,14 @@ def begin(place: watch.Place, limits: watch.Limits) -> None:
         flags.FLAGS[_ORBAX_BARRIER].value = True
 
 
-def end() -> None:
-    """Leaves the others, which end as well; where they do not, they are ended."""
+def end(*, told: bool = False) -> None:
+    """Leaves the others, which end as well; where they do not, the runtime ends them.
+
+    told: whether this process has said why it ends.
+    """
     if several():
-        watch.note(watch.TOLD)
+        if told:
+            watch.note(watch.TOLD)
         with contextlib.suppress(Exception):
             jax.distributed.shutdown()
 
@@ -155,7 +158,7 @@ def give_up() -> None:
     if re.search(_BROKEN, text.strip().splitlines()[-1]):
         time.sleep(_lost_seconds + _LEAVING_SECONDS)
     sys.stderr.write(text)
-    end()
+    end(told=True)
     os._exit(1)
 
 

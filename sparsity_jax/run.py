@@ -208,7 +208,7 @@ def _end(sentence: str) -> NoReturn:
 
     if hosts.several():
         sys.stderr.write(f"{sentence}\n")
-        hosts.end()
+        hosts.end(told=True)
         os._exit(1)
     sys.exit(sentence)
 
@@ -265,11 +265,11 @@ def main(argv: list[str]) -> None:
         if workdirs.numbers_in(pathlib.Path(workdir) / workdirs.FOLDER):
             again = "The same command goes on from the last checkpoint in"
             sys.stderr.write(f"{again} {workdir}.\n")
-        hosts.end()
+        hosts.end(told=True)
         os._exit(1)  # threads that still want to write would only add their own complaints
     except KeyboardInterrupt:
         sys.stderr.write(f"interrupted: the same command continues {workdir}\n")
-        hosts.end()
+        hosts.end(told=True)
         os._exit(130)  # orbax and jax threads would otherwise delay the exit
     except Exception:
         hosts.give_up()
