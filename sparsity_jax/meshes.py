@@ -92,10 +92,11 @@ def filled_up(examples: int, mesh: Mesh | None) -> int:
 
 
 def make(mesh: int | Mapping[str, int], devices: Sequence[jax.Device]) -> Mesh | None:
-    """The first of `devices` as a mesh; None for one device.
+    """The first of `devices` as a mesh.
 
-    mesh: how many, 0 for all, along one axis `batch`; or how many along each of the named `AXES`,
-    e.g. `dict(data=2, params=4)`. Raises ConfigError for more than there are, and as `check`.
+    mesh: how many, 0 for all, along one axis `batch`, of one device None; or how many along each of
+    the named `AXES`, e.g. `dict(data=2, params=4)`. Raises ConfigError for more than there are, and
+    as `check`.
     """
     check(mesh)
     number = size(mesh) or len(devices)
@@ -104,11 +105,9 @@ def make(mesh: int | Mapping[str, int], devices: Sequence[jax.Device]) -> Mesh |
         least = "0 (all)" if isinstance(mesh, int) else "1"
         allowed = f"{least} to {len(devices)}, the local devices"
         raise ConfigError("mesh", mesh, why=why, allowed=allowed)
-    if number == 1:
-        return None
     used = np.array(devices[:number])
     if isinstance(mesh, int):
-        return Mesh(used, _UNNAMED)
+        return Mesh(used, _UNNAMED) if number > 1 else None
     names = [name for name in AXES if name in mesh]
     grid = used.reshape([mesh[name] for name in names])
     return Mesh(grid, names)

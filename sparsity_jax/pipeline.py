@@ -51,6 +51,7 @@ __all__ = [
     "plain",
     "run",
     "run_member",
+    "run_plan",
     "settings",
     "stage",
 ]
@@ -103,10 +104,8 @@ def run(
     hosts.by_first(lock.refuse, workdir, stale_seconds=lock_seconds)
     with hosts.together(), enough_memory_for("config.data", None, plans[0].common):
         problem = build(plans)
-    precision = jax.default_matmul_precision(problem.precision)
     held = _held(workdir, lock_seconds)
-    own_devices = platforms.using(platforms.own())
-    with workdirs.naming(workdir), held as still_mine, precision, own_devices:
+    with workdirs.naming(workdir), held as still_mine:
 
         def claim() -> None:
             workdirs.claim(workdir, config)
@@ -118,14 +117,13 @@ def run(
         diverged: list[str] = []
         schedule = durations.schedule_of(plans, problem)
 
-        def run_plan(plan: Plan, folder: Path, config: Config) -> Outcome:
-            own_problem = problem.with_members(plan.size)
-            return _run_plan(plan, own_problem, folder, config, schedule, still_mine)
+        def run_one(plan: Plan, folder: Path, config: Config) -> Outcome:
+            return run_plan(plan, problem, folder, config, schedule, still_mine)
 
         if len(plans) == 1:
-            outcome = run_plan(plans[0], workdir, config)
+            outcome = run_one(plans[0], workdir, config)
         else:
-            state, rows, diverged = turns.run_all(plans, workdir, config, run_plan)
+            state, rows, diverged = turns.run_all(plans, workdir, config, run_one)
             outcome = Outcome(state, rows)
         hosts.by_first(write_report, workdir, config, outcome.rows)
     if diverged:
@@ -239,7 +237,7 @@ class Run(NamedTuple):
             kept.save(self.workdir, state, label, position, most)
 
 
-def _run_plan(
+def run_plan(
     plan: Plan,
     problem: Problem,
     workdir: Path,
@@ -247,11 +245,27 @@ def _run_plan(
     schedule: durations.Schedule,
     still_mine: Callable[[], None],
 ) -> Outcome:
-    """Runs the stages of one plan, from its newest whole checkpoint if there is one.
+    """Runs the stages of one plan in `workdir`, from its newest whole checkpoint if there is one.
 
-    config: of the plan, as plain data. still_mine: raises OSError if the workdir belongs to another
-        run by now.
+    problem: what `build` gives for all plans of the run. config: of the plan, as plain data.
+    schedule: of all plans. still_mine: raises OSError if the workdir belongs to another run by now.
+    Raises train.NonFiniteLossError, and what `run` does while it trains.
     """
+    precision = jax.default_matmul_precision(problem.precision)
+    with precision, platforms.using(platforms.own()):
+        own_problem = problem.with_members(plan.size)
+        return _run_stages(plan, own_problem, workdir, config, schedule, still_mine)
+
+
+def _run_stages(
+    plan: Plan,
+    problem: Problem,
+    workdir: Path,
+    config: Config,
+    schedule: durations.Schedule,
+    still_mine: Callable[[], None],
+) -> Outcome:
+    """`run_plan` for a problem of as many members as the plan has."""
     found = checkpoint.newest(workdir)
     progress = found.progress if found else Progress(0, False, [])
     with enough_memory_for("config.model", None, plan.common):

@@ -13,6 +13,7 @@ import pathlib
 import re
 import shlex
 import sys
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from absl import app, flags
@@ -47,6 +48,30 @@ _MEMBER = flags.DEFINE_integer(
     "member",
     None,
     "Number of one member of a sweep, from 0, which runs alone in its folder of --workdir.",
+    lower_bound=0,
+)
+_LAUNCHER = flags.DEFINE_enum(
+    "launcher",
+    None,
+    ["ray"],
+    "Hands the members of a sweep, or groups that share a program, to workers on a Ray cluster.",
+)
+_RESOURCES = flags.DEFINE_string(
+    "resources",
+    None,
+    "What each worker of --launcher takes: cpu=2, or gpu=1, or gpu=0.5,cpu=4; default: cpu=1.",
+)
+_RAY_ADDRESS = flags.DEFINE_string(
+    "ray_address",
+    None,
+    "HOST:PORT of the cluster's head; default: RAY_ADDRESS of the environment, else a local "
+    "cluster that the command starts and ends.",
+)
+flags.DEFINE_alias("ray-address", "ray_address")
+_RETRIES = flags.DEFINE_integer(
+    "retries",
+    None,
+    "How often a lost worker of --launcher is replaced, per member; default: 3.",
     lower_bound=0,
 )
 _CACHE = flags.DEFINE_bool(compilation.FLAG, True, compilation.HELP)
@@ -180,9 +205,48 @@ def _check_given(rest: list[str]) -> None:
         sys.exit(f"error: {rest[0]!r} is no flag; flags begin with --, e.g. --config.seed=1.")
     if _CONFIG.value is None:
         sys.exit(f"error: --config is missing; allowed: a file, {', '.join(catalog.files())}.")
+    if _LAUNCHER.value is not None and _MEMBER.value is not None:
+        sys.exit(
+            "error: --member runs one member here, --launcher all elsewhere; give one of them."
+        )
+    _check_launcher()
+    if _LAUNCHER.value is not None and flags.FLAGS["distributed"].value != "off":
+        sys.exit("error: --distributed is one run on all processes; --launcher needs one process.")
     if not (_WORKDIR.value or _DESCRIBE.value):
         state = "missing" if _WORKDIR.value is None else "empty"
         sys.exit(f"error: --workdir is {state}; name a folder.")
+
+
+def _check_launcher() -> None:
+    """Ends the process where what is for a launcher is given without one."""
+    given = {
+        "--resources": _RESOURCES.value,
+        "--ray-address": _RAY_ADDRESS.value,
+        "--retries": _RETRIES.value,
+    }
+    for flag, value in given.items():
+        if value is not None and _LAUNCHER.value is None:
+            sys.exit(f"error: {flag} is for workers; give --launcher=ray too.")
+
+
+def _runner() -> Callable[..., Any]:
+    """The function that runs what the flags ask for: all here, one member, or all on workers."""
+    from sparsity_jax import pipeline
+
+    if _MEMBER.value is not None:
+        return functools.partial(pipeline.run_member, number=_MEMBER.value)
+    if _LAUNCHER.value is None:
+        return pipeline.run
+
+    from sparsity_jax.launching import launch
+
+    given: dict[str, Any] = {
+        "needs": _RESOURCES.value,
+        "address": _RAY_ADDRESS.value,
+        "retries": _RETRIES.value,
+    }
+    known = {name: value for name, value in given.items() if value is not None}
+    return functools.partial(launch.run, keep_programs=_CACHE.value, **known)
 
 
 def _typed() -> str:
@@ -215,7 +279,7 @@ def _end(sentence: str) -> NoReturn:
 
 def _carry_out(workdir: str) -> None:
     """Describes the config, or runs it."""
-    from sparsity_jax import describe, hosts, pipeline
+    from sparsity_jax import describe, hosts
 
     config = swept(_CONFIG.value.to_dict(), SWEPT)
     if _DESCRIBE.value:
@@ -226,9 +290,7 @@ def _carry_out(workdir: str) -> None:
     place, limits = watch.read(flags.FLAGS)
     if place is not None:
         hosts.begin(place, limits)
-    run = pipeline.run
-    if _MEMBER.value is not None:
-        run = functools.partial(pipeline.run_member, number=_MEMBER.value)
+    run = _runner()
     config_file, _, _ = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
     run(
         config,
@@ -247,7 +309,7 @@ def main(argv: list[str]) -> None:
         return
     # not at the top: an exception that a signal raises inside these imports can crash them, see
     # `stopping.listen`
-    from sparsity_jax import hosts, train, workdirs
+    from sparsity_jax import hosts, members, train, workdirs
 
     workdir = _WORKDIR.value or ""
     _check_given(argv[1:])
@@ -259,6 +321,8 @@ def main(argv: list[str]) -> None:
         _end(f"error: {error}")
     except train.NonFiniteLossError as error:
         _end(f"error: {error}\nThe last good checkpoint is in {workdir}.")
+    except members.FailedError as error:
+        _end(f"error: {error}\nThe same command runs these again, in {workdir}.")
     except OSError as error:  # a full disk, for example
         place = "" if workdir in str(error) else f"{workdir}: "
         sys.stderr.write(f"error: {place}{error}\n")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sparsity_jax import building, hosts, members, plans, report, stopping, workdirs
 from sparsity_jax.plans import Plan
@@ -12,9 +12,32 @@ from sparsity_jax.train import NonFiniteLossError, State
 from sparsity_jax.types import Config, Fields, Rows
 from sparsity_jax.workdirs import say
 
-__all__ = ["RunPlan", "alone", "run_all"]
+__all__ = ["RunPlan", "Turn", "alone", "run_all", "turns_of"]
 
 RunPlan = Callable[[Plan, Path, Fields], tuple[State, Rows]]
+
+
+class Turn(NamedTuple):
+    """A plan with the folder that it runs in, and the config of that folder."""
+
+    plan: Plan
+    folder: Path
+    config: Fields
+
+
+def turns_of(every: list[Plan], workdir: Path, config: Config) -> list[Turn]:
+    """Where each plan of a run goes: the only one into `workdir`, of several each into a folder in
+    it.
+    """
+    if len(every) == 1:
+        return [Turn(every[0], workdir, dict(config))]
+    turns = []
+    for plan in every:
+        folder = workdir / workdirs.member_name(plan.numbers[0])
+        start = building.origin_of(plan, len(every))
+        plan = plan._replace(common={**plan.common, "start_from": start})
+        turns.append(Turn(plan, folder, _config_of(plan, config)))
+    return turns
 
 
 def run_all(
@@ -28,13 +51,9 @@ def run_all(
     diverged: list[str] = []
     state: Any = None
     number = every[-1].numbers[-1] + 1
-    for plan in every:
+    for plan, folder, own_config in turns_of(every, workdir, config):
         stopping.check()
         first = plan.numbers[0]
-        folder = workdir / workdirs.member_name(first)
-        start = building.origin_of(plan, len(every))
-        plan = plan._replace(common={**plan.common, "start_from": start})
-        own_config = _config_of(plan, config)
         hosts.by_first(workdirs.claim, folder, own_config)
         swept = "; ".join(members.told(member.swept) for member in plan.members)
         place = f"{first + 1} of {number}"
