@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
+from absl import flags
 
 from sparsity_jax import hosts, intact, meshes, tables, workdirs
 from sparsity_jax.intact import DamagedError
@@ -18,6 +19,8 @@ from sparsity_jax.types import Config, PyTree
 from sparsity_jax.workdirs import FOLDER, PROGRESS, STATE, Progress, Snapshot, numbers_in
 
 __all__ = ["Checkpoints", "newest", "reading", "restore"]
+
+_BARRIER = "experimental_orbax_use_distributed_barrier"  # a flag of orbax
 
 # Reading ------------------------------------------------------------------------------------------
 
@@ -84,6 +87,8 @@ class Checkpoints:
         self._before_save = before_save
         self._keep = keep
         self._whole = [int(whole.folder.name)] if whole else []
+        if hosts.several():
+            _wait_without_devices()
         self._orbax = ocp.StandardCheckpointer()
         self._writer = concurrent.futures.ThreadPoolExecutor(1)
         self._pending: concurrent.futures.Future | None = None
@@ -176,6 +181,15 @@ class Checkpoints:
                 self._wait()
             finally:
                 self._orbax.close()
+
+
+def _wait_without_devices() -> None:
+    """Lets orbax's threads wait for other processes while the devices compute; by default they
+    would wait by a program of their own, and each process might start the two in another order.
+    """
+    if not flags.FLAGS.is_parsed():  # without a command line
+        flags.FLAGS.mark_as_parsed()
+    flags.FLAGS[_BARRIER].value = True
 
 
 def _same_bits(first: PyTree, second: PyTree) -> bool:

@@ -23,7 +23,6 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from absl import flags
 from jax.experimental import multihost_utils
 
 from sparsity_jax import stopping, tables, watch
@@ -53,7 +52,6 @@ _SEEN_SECONDS = 15.0  # after which a file must be seen by other hosts
 _LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 _LOOPBACK = ("localhost", "127.0.0.1")
-_ORBAX_BARRIER = "experimental_orbax_use_distributed_barrier"  # needs no device, so any thread may
 _BROKEN = "(?i)gloo|nccl|connection|socket closed|unavailable"  # in an error of a collective
 _RINGS = -1
 _PADDED = 1024  # bytes that texts fill up, so that few programs gather them
@@ -109,7 +107,6 @@ def begin(place: watch.Place, limits: watch.Limits) -> None:
     _lost_seconds = limits.lost_seconds
     address = place.address or None
     host, _, _ = place.address.rpartition(":")
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
     faulthandler.enable(2)  # where the runtime logs, see `watch`
     watch.note(watch.JOINING)
     try:
@@ -130,14 +127,16 @@ def begin(place: watch.Place, limits: watch.Limits) -> None:
     watch.note(watch.STARTING)
     jax.monitoring.register_event_duration_secs_listener(_note_compiling)
     stopping.agree_by(_all_stop)
-    if _ORBAX_BARRIER in flags.FLAGS:
-        flags.FLAGS[_ORBAX_BARRIER].value = True
 
 
-def end() -> None:
-    """Leaves the others, which end as well; where they do not, they are ended."""
+def end(*, told: bool = False) -> None:
+    """Leaves the others, which end as well; where they do not, the runtime ends them.
+
+    told: whether this process has said why it ends.
+    """
     if several():
-        watch.note(watch.TOLD)
+        if told:
+            watch.note(watch.TOLD)
         with contextlib.suppress(Exception):
             jax.distributed.shutdown()
 
@@ -155,7 +154,7 @@ def give_up() -> None:
     if re.search(_BROKEN, text.strip().splitlines()[-1]):
         time.sleep(_lost_seconds + _LEAVING_SECONDS)
     sys.stderr.write(text)
-    end()
+    end(told=True)
     os._exit(1)
 
 

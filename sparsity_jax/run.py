@@ -210,6 +210,8 @@ def _check_given(rest: list[str]) -> None:
             "error: --member runs one member here, --launcher all elsewhere; give one of them."
         )
     _check_launcher()
+    if _LAUNCHER.value is not None and flags.FLAGS["distributed"].value != "off":
+        sys.exit("error: --distributed is one run on all processes; --launcher needs one process.")
     if not (_WORKDIR.value or _DESCRIBE.value):
         state = "missing" if _WORKDIR.value is None else "empty"
         sys.exit(f"error: --workdir is {state}; name a folder.")
@@ -270,7 +272,7 @@ def _end(sentence: str) -> NoReturn:
 
     if hosts.several():
         sys.stderr.write(f"{sentence}\n")
-        hosts.end()
+        hosts.end(told=True)
         os._exit(1)
     sys.exit(sentence)
 
@@ -327,11 +329,11 @@ def main(argv: list[str]) -> None:
         if workdirs.numbers_in(pathlib.Path(workdir) / workdirs.FOLDER):
             again = "The same command goes on from the last checkpoint in"
             sys.stderr.write(f"{again} {workdir}.\n")
-        hosts.end()
+        hosts.end(told=True)
         os._exit(1)  # threads that still want to write would only add their own complaints
     except KeyboardInterrupt:
         sys.stderr.write(f"interrupted: the same command continues {workdir}\n")
-        hosts.end()
+        hosts.end(told=True)
         os._exit(130)  # orbax and jax threads would otherwise delay the exit
     except Exception:
         hosts.give_up()

@@ -293,6 +293,8 @@ class _Watch:
     def _read_log(self, data: bytes) -> None:
         """Shows what the child logs, but for what its runtime says of other processes."""
         *lines, self._rest = (self._rest + data.decode(errors="replace")).split("\n")
+        if not data and self._rest:
+            lines = [self._rest]
         for line in lines:
             if _OF_LOG.match(line):
                 self._hidden = bool(_OF_RUNTIME.match(line))
@@ -332,7 +334,7 @@ class _Watch:
         code = self._child.wait()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._child.pid, signal.SIGKILL)  # processes that read for it
-        if code == 0 or (self._told and not why):
+        if not why and (code >= 0 or self._told):
             return code if code >= 0 else 1
         if self._asked > 1 or (self._asked and self._doing in (STARTING, JOINING)):
             sys.stderr.write("interrupted: ended without saving\n")
@@ -362,6 +364,4 @@ class _Watch:
             return "ended: the connection to process 0 broke, which has ended or died"
         if "Shutdown barrier" in log or "detected fatal errors" in log:
             return "ended: another process ended before it; see what that says"
-        if code < 0:
-            return f"was ended by {signal.Signals(-code).name}"
-        return f"ended with exit code {code}"
+        return f"was ended by {signal.Signals(-code).name}"

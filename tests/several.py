@@ -32,7 +32,7 @@ def config_of(case: str, folder: pathlib.Path) -> dict:
         return tiny.config("again", sweep=dict(seed=(0, 1)), checkpoint_seconds=0.0)
     skipping = dict(image_size=8, unreadable="skip", unreadable_share=0.3)
     images = dict(name=f"folder:{folder / 'images'}", stream=True, **skipping)
-    turns = dict(seed=(0,), mode="loop")
+    turns = dict(seed=(0, 1), mode="loop")
     return tiny.config("again", data=images, eval_batch_size=8, sweep=turns)
 
 
