@@ -277,6 +277,10 @@ def test_a_worker_runs_members_as_one_process_does(sweep, tmp_path):
     poisoned = unseen.run(0, attempt, None)
     assert poisoned.state == "failed"
     assert poisoned.diverged
+    full = lambda *_: os.link(tmp_path / "none", tmp_path / "there")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "run_plan", full)
+        assert "No such file" in unseen.run(1, attempt, None).sentence  # any OSError
     assert "not finite" in poisoned.sentence
     mirror.apply(every[0].folder, unseen.news())
     assert unseen.run(1, attempt, None).state == "done"

@@ -69,9 +69,7 @@ def main() -> None:
     options = parser.parse_args()
     others = options.members - 1
     worst = 0.0
-    print(
-        "| | workers | s from the first end to the last | worker-seconds more per member |"
-    )
+    print("| | workers | s from the first end to the last | worker-seconds more per member |")
     print("|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
