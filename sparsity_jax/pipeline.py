@@ -3,18 +3,19 @@ where it stopped.
 """
 
 import contextlib
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
+import sparsity_jax
 from sparsity_jax import (
     ancestry,
     checkpoint,
     durations,
     finished,
+    hosts,
     imports,
     interface,
     kept,
@@ -87,6 +88,8 @@ def run(
     config = plain(config)
     workdir = Path(workdir)
     workdirs.check_path(workdir)
+    if hosts.several():
+        _meet(workdir, config)
     if holds_run(workdir) and read_config(workdir) == config:
         snapshots = finished.last_snapshots(workdir, config)
         if snapshots:
@@ -95,18 +98,22 @@ def run(
     use_platform(config.get("platform", "default"))
     with imports.telling_files(workdir):
         plans = check(config)
-    workdirs.refuse_other(workdir, config)
+    hosts.by_first(workdirs.refuse_other, workdir, config)
     if len(plans) == 1:
-        workdirs.refuse_members(workdir)
-    lock.refuse(workdir, stale_seconds=lock_seconds)
-    with enough_memory_for("config.data", None, plans[0].common):
+        hosts.by_first(workdirs.refuse_members, workdir)
+    hosts.by_first(lock.refuse, workdir, stale_seconds=lock_seconds)
+    with hosts.together(), enough_memory_for("config.data", None, plans[0].common):
         problem = build(plans)
-    held = lock.held(workdir, stale_seconds=lock_seconds)
+    held = _held(workdir, lock_seconds)
     with workdirs.naming(workdir), held as still_mine:
-        workdirs.claim(workdir, config)
-        origin = provenance.describe(config, command=command, config_file=config_file)
-        imports.remember(workdir)
-        tell_environment(problem, workdir, origin)
+
+        def claim() -> None:
+            workdirs.claim(workdir, config)
+            origin = provenance.describe(config, command=command, config_file=config_file)
+            imports.remember(workdir)
+            tell_environment(problem, workdir, origin)
+
+        hosts.by_first(claim)
         diverged: list[str] = []
         schedule = durations.schedule_of(plans, problem)
 
@@ -118,10 +125,38 @@ def run(
         else:
             state, rows, diverged = turns.run_all(plans, workdir, config, run_one)
             outcome = Outcome(state, rows)
-        write_report(workdir, config, outcome.rows)
+        hosts.by_first(write_report, workdir, config, outcome.rows)
     if diverged:
         raise NonFiniteLossError("\n".join(diverged))
     return outcome
+
+
+def _meet(workdir: Path, config: Config) -> None:
+    """Where several processes run together: their devices, and what must be the same for all.
+
+    Raises ConfigError where it is not.
+    """
+    use_deterministic(config.get("deterministic", False))
+    use_platform(config.get("platform", "default"))
+    workdirs.tell(hosts.is_first())
+    hosts.check_alike("the config", config)
+    hosts.check_alike(
+        "the version of sparsity_jax or jax", [sparsity_jax.__version__, jax.__version__]
+    )
+    hosts.check_shared(workdir)
+
+
+@contextlib.contextmanager
+def _held(workdir: Path, lock_seconds: float) -> Iterator[Callable[[], None]]:
+    """`lock.held`, by the first of several processes for all."""
+    with contextlib.ExitStack() as stack:
+        held = lock.held(workdir, stale_seconds=lock_seconds)
+        check = hosts.by_first(stack.enter_context, held)
+        yield check or _no_check
+
+
+def _no_check() -> None:
+    """Of a process that holds no lock."""
 
 
 def run_member(config: Config, workdir: AnyPath, number: int, **options: Any) -> Outcome:
@@ -157,7 +192,7 @@ class Run(NamedTuple):
     problem: Problem
     workdir: Path
     saved: checkpoint.Checkpoints
-    writer: Writer
+    write: Callable[[Rows], None]
     rows: Rows
     origin: Rows
     schedule: durations.Schedule
@@ -198,7 +233,8 @@ class Run(NamedTuple):
         label = arm_of(config, position)
         is_last = position + 1 == len(self.plan.pipeline)
         if not is_last and arm_of(config, position + 1) != label:
-            kept.save(self.workdir, state, label, position, self.plan.common["keep_networks"])
+            most = self.plan.common["keep_networks"]
+            kept.save(self.workdir, state, label, position, most)
 
 
 def run_plan(
@@ -230,7 +266,7 @@ def _run_stages(
     still_mine: Callable[[], None],
 ) -> Outcome:
     """`run_plan` for a problem of as many members as the plan has."""
-    found = workdirs.newest(workdir)
+    found = checkpoint.newest(workdir)
     progress = found.progress if found else Progress(0, False, [])
     with enough_memory_for("config.model", None, plan.common):
         state = _initial_state(plan, problem)
@@ -240,9 +276,8 @@ def _run_stages(
     with train.naming("at the start of the run"):
         stages.check_weights(problem, state)
     saved = checkpoint.Checkpoints(workdir, config, found, still_mine)
-    own_trackers = trackers.begin(plan.common["log"], workdir, config)
-    with contextlib.closing(saved), Writer(workdir, progress.rows, own_trackers) as writer:
-        run = Run(plan, problem, workdir, saved, writer, progress.rows, origin, schedule)
+    with contextlib.closing(saved), _writing(workdir, progress.rows, plan, config) as write:
+        run = Run(plan, problem, workdir, saved, write, progress.rows, origin, schedule)
         if found:
             stage_number = min(progress.stage + 1, len(plan.pipeline))
             say(f"continuing {workdir} in stage {stage_number} of {len(plan.pipeline)}")
@@ -252,6 +287,19 @@ def _run_stages(
             state = _run_stage(run, state, position, begun)
             begun = False
     return Outcome(state, progress.rows)
+
+
+@contextlib.contextmanager
+def _writing(
+    workdir: Path, rows: Rows, plan: Plan, config: Config
+) -> Iterator[Callable[[Rows], None]]:
+    """What rows are written by, behind `rows`; of several processes by the first alone."""
+    if not hosts.is_first():
+        yield lambda rows: None
+        return
+    own_trackers = trackers.begin(plan.common["log"], workdir, config)
+    with Writer(workdir, rows, own_trackers) as writer:
+        yield writer.append
 
 
 def _initial_state(plan: Plan, problem: Problem) -> State:
@@ -310,7 +358,7 @@ def _run_updates(run: Run, state: State, place: Place) -> State:
     config = plan.members[0].config
     common = dict(stage=name, kind=config[name]["kind"], visit=place.visit)
     common["arm"] = arm_of(config, position)
-    last = time.monotonic()
+    alarm = hosts.Alarm(plan.common["checkpoint_seconds"])
     spe = stage.steps_per_epoch(run.problem)
     # what an interruption saves, replaced as one: it may come between any two instructions
     good = run.reached(state, position, 0.0)
@@ -326,14 +374,14 @@ def _run_updates(run: Run, state: State, place: Place) -> State:
                 if update.state is not None:
                     state = update.state
                     good = run.reached(state, position, update.done)
-                run.writer.append(new)
+                run.write(new)
                 display.show(update.done, new)
                 stopping.check()
-                due = time.monotonic() - last >= plan.common["checkpoint_seconds"]
+                due = alarm.rings()
                 if due and update.state is not None and update.done < 1:
                     train.check_finite(state, spe)
                     run.saved.save(*good)
-                    last = time.monotonic()
+                    alarm.reset()
         except KeyboardInterrupt:
             arrays = [leaf for leaf in jax.tree.leaves(good[0]) if isinstance(leaf, jax.Array)]
             if not any(array.is_deleted() for array in arrays):

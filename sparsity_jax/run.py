@@ -14,13 +14,13 @@ import re
 import shlex
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from sparsity_jax import catalog, compilation, lock, stopping, tables
+from sparsity_jax import catalog, compilation, lock, stopping, tables, watch
 
 __all__ = ["SWEPT", "collect_rarely", "main", "parse", "swept", "without_sweep"]
 
@@ -75,6 +75,7 @@ _RETRIES = flags.DEFINE_integer(
     lower_bound=0,
 )
 _CACHE = flags.DEFINE_bool(compilation.FLAG, True, compilation.HELP)
+watch.define(flags.FLAGS)
 _LOCK_SECONDS = flags.DEFINE_float(
     "lock_seconds",
     lock.STALE_SECONDS,
@@ -263,6 +264,42 @@ def _print_names(kind: str) -> None:
         sys.exit(f"error: {error}")
 
 
+def _end(sentence: str) -> NoReturn:
+    """Ends the process after a mistake; one of several leaves the others."""
+    from sparsity_jax import hosts
+
+    if hosts.several():
+        sys.stderr.write(f"{sentence}\n")
+        hosts.end()
+        os._exit(1)
+    sys.exit(sentence)
+
+
+def _carry_out(workdir: str) -> None:
+    """Describes the config, or runs it."""
+    from sparsity_jax import describe, hosts
+
+    config = swept(_CONFIG.value.to_dict(), SWEPT)
+    if _DESCRIBE.value:
+        sys.stdout.write(describe.describe(config))
+        return
+    if _CACHE.value:
+        compilation.keep()
+    place, limits = watch.read(flags.FLAGS)
+    if place is not None:
+        hosts.begin(place, limits)
+    run = _runner()
+    config_file, _, _ = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
+    run(
+        config,
+        workdir,
+        command=_typed(),
+        config_file=config_file,
+        lock_seconds=_LOCK_SECONDS.value,
+    )
+    hosts.end()
+
+
 def main(argv: list[str]) -> None:
     """The command line, flags read; argv: what is left of it."""
     if _LIST.value is not None:
@@ -270,47 +307,39 @@ def main(argv: list[str]) -> None:
         return
     # not at the top: an exception that a signal raises inside these imports can crash them, see
     # `stopping.listen`
-    from sparsity_jax import describe, members, train, workdirs
+    from sparsity_jax import hosts, members, train, workdirs
 
     workdir = _WORKDIR.value or ""
     _check_given(argv[1:])
     _be_quiet()
-    config_file, _, _ = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
     try:
         stopping.check()
-        config = swept(_CONFIG.value.to_dict(), SWEPT)
-        if _DESCRIBE.value:
-            sys.stdout.write(describe.describe(config))
-            return
-        if _CACHE.value:
-            compilation.keep()
-        run = _runner()
-        run(
-            config,
-            workdir,
-            command=_typed(),
-            config_file=config_file,
-            lock_seconds=_LOCK_SECONDS.value,
-        )
-    except tables.ConfigError as error:
-        sys.exit(f"error: {error}")
+        _carry_out(workdir)
+    except (tables.ConfigError, hosts.EndedError) as error:
+        _end(f"error: {error}")
     except train.NonFiniteLossError as error:
-        sys.exit(f"error: {error}\nThe last good checkpoint is in {workdir}.")
+        _end(f"error: {error}\nThe last good checkpoint is in {workdir}.")
     except members.FailedError as error:
-        sys.exit(f"error: {error}\nThe same command runs these again, in {workdir}.")
+        _end(f"error: {error}\nThe same command runs these again, in {workdir}.")
     except OSError as error:  # a full disk, for example
         place = "" if workdir in str(error) else f"{workdir}: "
         sys.stderr.write(f"error: {place}{error}\n")
         if workdirs.numbers_in(pathlib.Path(workdir) / workdirs.FOLDER):
             again = "The same command goes on from the last checkpoint in"
             sys.stderr.write(f"{again} {workdir}.\n")
+        hosts.end()
         os._exit(1)  # threads that still want to write would only add their own complaints
     except KeyboardInterrupt:
         sys.stderr.write(f"interrupted: the same command continues {workdir}\n")
+        hosts.end()
         os._exit(130)  # orbax and jax threads would otherwise delay the exit
+    except Exception:
+        hosts.give_up()
+        raise
 
 
 if __name__ == "__main__":
+    watch.begin(sys.argv[1:])
     stopping.listen()
     collect_rarely()
     app.run(main, flags_parser=parse)

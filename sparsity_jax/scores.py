@@ -278,7 +278,7 @@ def gather(
         params: PyTree, data: PyTree = None, *, balanced: PyTree = None, init: PyTree = None
     ) -> Statistics:
         _check_given(needs, dict(data=data, balanced=balanced, init=init))
-        zeros = jax.tree.map(lambda x: jnp.zeros_like(trees.widen(x)), params)
+        zeros = jax.tree.map(lambda x: trees.zeros_like(trees.widen(x)), params)
         start = {"g": zeros}
         if "g2" in needs:
             start["g2"] = zeros

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array, lax
+from jax.experimental.shard_alike import shard_alike
 from jax.tree_util import (
     tree_leaves,
     tree_leaves_with_path,
@@ -30,6 +31,7 @@ __all__ = [
     "check_finite",
     "check_parameters",
     "check_pattern",
+    "divided_like",
     "division",
     "dot",
     "dots",
@@ -42,6 +44,7 @@ __all__ = [
     "map_named",
     "match_rules",
     "matching",
+    "may_be_divided",
     "named_leaves",
     "norm",
     "norm_along",
@@ -55,6 +58,7 @@ __all__ = [
     "size",
     "varying_like",
     "widen",
+    "zeros_like",
 ]
 
 
@@ -324,6 +328,48 @@ def division(x: Array) -> tuple:
     is explicit.
     """
     return tuple(jax.typeof(x).sharding.spec)
+
+
+def may_be_divided(x: Any) -> bool:
+    """Whether devices may have shares of the array `x`, which is true of all arrays on a mesh of
+    automatic axes while `jit` traces; not inside `shard_map`, where a share is the whole.
+    """
+    if not isinstance(x, jax.Array):
+        return False
+    if not isinstance(x, jax.core.Tracer):
+        return not x.sharding.is_fully_replicated
+    return _automatic(x) or any(division(x))
+
+
+def _automatic(x: Array) -> bool:
+    """Whether the compiler chooses how devices share a traced array."""
+    mesh = jax.typeof(x).sharding.mesh
+    return not mesh.manual_axes and bool(mesh.auto_axes) and mesh.size > 1
+
+
+def divided_like(x: Array, like: Any) -> Array:
+    """`x` divided among devices as `like`, of the same shape, is; for arrays made of nothing but a
+    shape, which would lie whole on every device.
+    """
+    traced = isinstance(like, jax.core.Tracer)
+    if not may_be_divided(like):
+        return varying_like(x, [like]) if traced else x
+    if not traced:
+        return jax.device_put(x, like.sharding)
+    sharding = jax.typeof(like).sharding
+    if division(x) != division(like):
+        x = jax.sharding.reshard(x, sharding)
+    if _automatic(like):
+        # while tracing, `x` has to count as an array on the mesh too
+        free = jax.sharding.PartitionSpec(*[jax.sharding.PartitionSpec.UNCONSTRAINED] * x.ndim)
+        x = lax.with_sharding_constraint(x, jax.sharding.NamedSharding(sharding.mesh, free))
+        x, _ = shard_alike(x, like)
+    return x
+
+
+def zeros_like(x: Array, dtype: Any = None) -> Array:
+    """Zeros in the shape of `x`, divided among devices as it is. dtype: by default that of `x`."""
+    return divided_like(jnp.zeros_like(x, dtype=dtype), x)
 
 
 def gathered(x: Array) -> Array:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sparsity_jax import building, members, plans, report, stopping, workdirs
+from sparsity_jax import building, hosts, members, plans, report, stopping, workdirs
 from sparsity_jax.plans import Plan
 from sparsity_jax.report import Writer
 from sparsity_jax.tables import ConfigError
@@ -54,7 +54,7 @@ def run_all(
     for plan, folder, own_config in turns_of(every, workdir, config):
         stopping.check()
         first = plan.numbers[0]
-        workdirs.claim(folder, own_config)
+        hosts.by_first(workdirs.claim, folder, own_config)
         swept = "; ".join(members.told(member.swept) for member in plan.members)
         place = f"{first + 1} of {number}"
         say(f"{plan.name} ({place}): {swept}")
@@ -62,10 +62,14 @@ def run_all(
             state, new = run_plan(plan, folder, own_config)
         except NonFiniteLossError as error:
             diverged.append(f"{plan.name}: {error}")
-            new = report.read_rows(folder / report.METRICS)
+            new = hosts.by_first(report.read_rows, folder / report.METRICS) or []
         rows += workdirs.renumbered(new, first)
-        Writer(workdir, rows).close()
+        hosts.by_first(_write, workdir, rows)
     return state, rows, diverged
+
+
+def _write(workdir: Path, rows: Rows) -> None:
+    Writer(workdir, rows).close()
 
 
 def alone(config: Config, number: int) -> Fields:

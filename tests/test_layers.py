@@ -22,6 +22,8 @@ NUMERICS = (
         "precision",
         "stopping",
         "tables",
+        "watch",
+        "hosts",
         "platforms",
         "blocks",
         "trees",
