@@ -189,6 +189,9 @@ class Dispatch:
             return
         if self._fetches:
             self._fetch_rest(worker)
+            if answer.state == "done" and not self._has_finished(task):
+                self._lose(worker, "its last files did not arrive")
+                return
         self._settle(worker, task, answer)
 
     def _greet(self, worker: _Worker, ready: Ready) -> None:
@@ -242,6 +245,11 @@ class Dispatch:
                 self._begin(worker, task)
             elif self._open_tasks():
                 self._dismiss([worker])
+
+    def _has_finished(self, task: Task) -> bool:
+        """Whether the last checkpoint of a task is in the workdir."""
+        snapshot = workdirs.newest(self._places[task.index].folder)
+        return snapshot is not None and snapshot.is_finished
 
     def _begin(self, worker: _Worker, task: Task) -> None:
         place = self._places[task.index]
