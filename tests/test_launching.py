@@ -112,6 +112,8 @@ def test_changes_of_a_folder_arrive_as_they_were_written(tmp_path):
     assert not any(name.startswith("checkpoints/1/") for name in changes.files)
     mirror.apply(here, changes)
     assert workdirs.numbers_in(here / "checkpoints") == [2]
+    mirror.apply(here, mirror.Changes({}, []))  # of a worker that has only begun
+    assert workdirs.numbers_in(here / "checkpoints") == [2]
     assert (here / "metrics.jsonl").read_text() == "1\n2\n"
 
 
