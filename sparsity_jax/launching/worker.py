@@ -150,14 +150,19 @@ class Worker:
 
     def _enter(self, index: int, start: mirror.Changes | None) -> Path:
         """The folder of the plan at `index`, with the files to begin with."""
+        self._source = None
         folder = self._turns[index].folder
-        if not self._setup.sees_workdir:
-            folder = Path(self._own(), workdirs.member_name(index))
-            shutil.rmtree(folder, ignore_errors=True)
-            self._source = mirror.Source(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        if self._setup.sees_workdir:
+            folder.mkdir(parents=True, exist_ok=True)
+            return folder
+        folder = Path(self._own(), workdirs.member_name(index))
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        source = mirror.Source(folder)
         if start is not None:
             mirror.apply(folder, start)
+            source.changes()  # which the launcher has
+        self._source = source
         return folder
 
     @contextlib.contextmanager
