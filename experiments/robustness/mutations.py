@@ -3220,6 +3220,16 @@ MUTATIONS = (
         "test_launching.py",
         "as_one_process_does",
     ),
+    Mutation(
+        824,
+        "dropped check",
+        "a worker that has no checkpoint yet removes those of the attempt before",
+        "launching/mirror.py",
+        "        if number < newest:\n            shutil",
+        "        if True:\n            shutil",
+        "test_launching.py",
+        "changes_of_a_folder",
+    ),
 )
 
 
