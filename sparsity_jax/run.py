@@ -218,7 +218,15 @@ def _check_given(rest: list[str]) -> None:
 
 
 def _check_launcher() -> None:
-    """Ends the process where what is for a launcher is given without one."""
+    """Ends the process where what is for a launcher is given without one, or a launcher with what
+    it cannot launch.
+    """
+    distributed = flags.FLAGS["distributed"].value
+    if _LAUNCHER.value is not None and distributed != "off":
+        sys.exit(
+            "error: --distributed is one run on several processes, --launcher hands its members to "
+            "workers; give one of them."
+        )
     given = {
         "--resources": _RESOURCES.value,
         "--ray-address": _RAY_ADDRESS.value,
