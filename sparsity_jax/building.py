@@ -100,7 +100,7 @@ def build(every: list[Plan]) -> Problem:
     """
     common = every[0].common
     with within("config"):
-        meshes.make(common["mesh"], local_devices())
+        meshes.of_hosts(common["mesh"])
     with within("config.data"):
         dataset = data.load(**common["data"])
     model = models.build(num_classes=dataset.num_classes, **common["model"])

@@ -435,7 +435,8 @@ class _Growth:
                 kept = picked.get(layer.name)
             if kept is None:
                 kept = jnp.ones_like(value, bool)
-            keep[layer.name] = jnp.asarray(kept)
+            kept = jnp.asarray(kept)
+            keep[layer.name] = trees.divided_like(kept, value) if layer.of_weights else kept
         num = len(self.active)
         phase = _PICK if self.plan.pick_updates else PUSH
         progress = Progress(
@@ -463,13 +464,17 @@ class _Growth:
         every = self.options.update_every
         number = state.step // every + 1
         due = state.step % every == 0
-        keep = state.keep
+        keep = dict(state.keep)
+        for layer in self.active:
+            if not layer.of_weights:
+                keep[layer.name] = trees.gathered(keep[layer.name])
         if self.plan.pick_updates:
             keep = self.repick(leaves, keep, due, number)
         advance = lambda old: self.advance(leaves, keep, number, old)
         progress = jax.lax.cond(due, advance, lambda old: old, state.progress)
         resting = jnp.all(progress.phase == STABILIZE)
         left = jnp.maximum(state.left - resting, 0)
+        keep = jax.tree.map(trees.divided_like, keep, state.keep)
         state = GrowingState(state.step + 1, left, keep, progress)
         return self.penalized(updates, state, params), state
 

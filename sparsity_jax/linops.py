@@ -16,10 +16,12 @@ float64 by SciPy.
 """
 
 import dataclasses
+import functools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +51,7 @@ __all__ = [
     "LanczosState",
     "Matvec",
     "Pair",
+    "Rows",
     "Trace",
     "Tridiagonal",
     "border_for",
@@ -189,23 +192,37 @@ def _check_like(tree: PyTree, like: PyTree, name: str, other: str) -> None:
 
 
 def rademacher(key: Array, like: PyTree) -> PyTree:
-    """Independent signs +-1 in the structure, shapes and types of `like`; TypeError for types that
-    are no floats.
+    """Independent signs +-1 in the structure, shapes and types of `like`, divided among devices as
+    it is; TypeError for types that are no floats.
     """
     trees.check_parameters(like, "rademacher")
     leaves, structure = tree_flatten(like)
     keys = jax.random.split(key, len(leaves))
-    sign = lambda key, x: jax.random.rademacher(key, jnp.shape(x), jnp.result_type(x))
+
+    def sign(key: Array, x: Array) -> Array:
+        drawn = jax.random.rademacher(key, jnp.shape(x), jnp.result_type(x))
+        return trees.divided_like(drawn, x)
+
     return tree_unflatten(structure, map(sign, keys, leaves))
 
 
-def _dot(first: PyTree, second: PyTree) -> Array:
+def _dot(first: PyTree, second: PyTree, *, divided: bool = False) -> Array:
     """Inner product. Of two vectors at a time: XLA's CPU backend sums those pairwise (error 1e-9
-    for 1e6 entries), a matrix-vector product one after the other (1e-5)."""
+    for 1e6 entries), a matrix-vector product one after the other (1e-5).
+
+    divided: devices have shares of the arrays, which flat ones would gather.
+    """
+    if divided:
+        return trees.dot(first, second)
     flat = lambda x: widen(x).ravel()
     dot = lambda x, y: _inner(flat(x), flat(y))
     products = tree_map(dot, first, second)
     return jnp.asarray(sum(tree_leaves(products)))
+
+
+def _is_divided(tree: PyTree) -> bool:
+    """Whether devices may have shares of the arrays."""
+    return any(map(trees.may_be_divided, tree_leaves(tree)))
 
 
 def _flatten(tree: PyTree) -> Array:
@@ -247,7 +264,7 @@ class LanczosState(NamedTuple):
 
     current: the unit vector to multiply next, in the structure of the start vector, and the one
     before it. basis: all of them, flat, as rows: a tuple of arrays [chunks, rows, entries], a NumPy
-    matrix on the host, or None.
+    matrix on the host, or None. Of arrays that devices have shares of: a tuple of `Rows`.
     """
 
     step: Array
@@ -264,7 +281,7 @@ class LanczosState(NamedTuple):
         return Tridiagonal(self.alphas, self.betas, self.num_steps)
 
 
-Blocks = tuple[Array, ...]
+Blocks = tuple[Any, ...]
 _CHUNK = 2**12  # entries whose products are summed one after the other
 _SHARDS = 64  # several chunks are a multiple of so many, for many numbers of devices to share them
 
@@ -283,59 +300,177 @@ class _OnDevice:
 
     num_blocks: int
     dtype: Any = None
+    divided: ClassVar[bool] = False
+    row_axis: ClassVar[int] = 1
 
-    def create(self, vector: Array, num_rows: int) -> Blocks:
+    def vector(self, tree: PyTree) -> PyTree:
+        """A tree in the form in which vectors are kept."""
+        return _flatten(tree)
+
+    def tree(self, vector: PyTree, like: PyTree) -> PyTree:
+        """A vector as the tree that it was."""
+        return _unflatten(vector, like)
+
+    def pieces(self, vector: PyTree) -> PyTree:
+        """A vector as a row of a block is."""
+        return _chunks(vector)
+
+    def whole(self, pieces: PyTree, like: PyTree) -> PyTree:
+        """The vector of some pieces."""
+        return pieces.ravel()[: like.size]
+
+    def first_row(self, piece: Array, is_first: ndarray) -> Array:
+        """A piece as the one row of a block that is not zero."""
+        # made of the piece, so that they are sharded as it is
+        return jnp.where(is_first[:, None], piece[:, None], 0)
+
+    def coefficients(self, block: PyTree, pieces: PyTree) -> Array:
+        """Products of a vector with the rows of a block: [rows]."""
+        return _einsum("krc,kc->kr", block, pieces).sum(0)
+
+    def without(self, pieces: PyTree, part: Array, block: PyTree) -> PyTree:
+        """A vector without such a part of each row."""
+        every = jnp.broadcast_to(part, block.shape[:2])
+        return pieces - _einsum("kr,krc->kc", every, block)
+
+    def mixed(self, mixing: ndarray, basis: Blocks, like: PyTree) -> PyTree:
+        """Combinations of the rows, a column of `mixing` each: leaves [combinations, ...]."""
+        flat: Any = 0
+        for block in basis:
+            rows = self._rows(block)
+            used = jnp.asarray(mixing[:rows], block.dtype)
+            filled = block[:, : len(used)]
+            flat = flat + _einsum("rn,krc->nkc", used, filled)
+            mixing = mixing[rows:]
+        flat = flat.reshape(len(flat), -1)
+        flat = flat[:, : trees.size(like)]
+        return _unflatten(flat, like)
+
+    def create(self, vector: PyTree, num_rows: int) -> Blocks:
         """The basis with `vector` as row 0."""
         rows = -(-num_rows // self.num_blocks)
-        dtype = self.dtype or vector.dtype
-        vector = _chunks(vector)[:, None]
-        index = np.arange(num_rows)[:, None]
+        pieces = self.pieces(vector)
+        index = np.arange(num_rows)
         blocks = []
         for first in range(0, num_rows, rows):
-            # made of the vector, so that they are sharded as it is
             is_first = index[first : first + rows] == 0
-            block = jnp.where(is_first, vector, 0)
-            blocks.append(block.astype(dtype))
+            kept = lambda piece, is_first=is_first: self._kept(self.first_row(piece, is_first))
+            blocks.append(tree_map(kept, pieces))
         return tuple(blocks)
 
-    def write(self, basis: Blocks, row: Array, vector: Array) -> Blocks:
+    def write(self, basis: Blocks, row: Array, vector: PyTree) -> Blocks:
         """The basis with another row; unchanged if there is no such row."""
-        vector = _chunks(vector).astype(basis[0].dtype)
-        place = lambda block, index: lax.dynamic_update_index_in_dim(block, vector, index, 1)
+        pieces = tree_map(self._kept, self.pieces(vector))
+
+        def place(block: PyTree, index: Array) -> PyTree:
+            put = lambda rows, piece: lax.dynamic_update_index_in_dim(
+                rows, piece, index, self.row_axis
+            )
+            return tree_map(put, block, pieces)
+
         keep = lambda block, index: block
         blocks = []
         for block in basis:
-            inside = (row >= 0) & (row < block.shape[1])
+            inside = (row >= 0) & (row < self._rows(block))
             # a `select` would read and write a row of every block; `cond` touches one, in place
             blocks.append(lax.cond(inside, place, keep, block, row))
-            row = row - block.shape[1]
+            row = row - self._rows(block)
         return tuple(blocks)
 
-    def orthogonalize(self, basis: Blocks, row: Array, vector: Array) -> Array:
+    def orthogonalize(self, basis: Blocks, row: Array, vector: PyTree) -> PyTree:
         """The vector without its part in rows 0..row."""
-        squares, rest = self._project(basis, row, vector)
-        again = lambda rest: self._project(basis, row, rest)[1]
+        squares, rest = self.part_in(basis, row, vector)
+        again = lambda rest: self.part_in(basis, row, rest)[1]
         enough = lambda rest: rest
-        return lax.cond(_inner(rest, rest) < squares, again, enough, rest)
+        return lax.cond(_dot(rest, rest, divided=self.divided) < squares, again, enough, rest)
 
-    def _project(self, basis: Blocks, row: Array, vector: Array) -> tuple[Array, Array]:
+    def part_in(self, basis: Blocks, row: Array, vector: PyTree) -> tuple[Array, PyTree]:
         """(the squared length of the vector's part in rows 0..row, the vector without it)."""
 
-        def subtract(vector: Array, squares: Array, block: Array) -> tuple[Array, Array]:
-            block = block.astype(vector.dtype)
-            part = _einsum("krc,kc->kr", block, vector).sum(0)
-            every = jnp.broadcast_to(part, block.shape[:2])
-            rest = vector - _einsum("kr,krc->kc", every, block)
-            return rest, squares + _inner(part, part)
+        def subtract(pieces: PyTree, squares: Array, block: PyTree) -> tuple[PyTree, Array]:
+            block = tree_map(lambda rows: rows.astype(squares.dtype), block)
+            part = self.coefficients(block, pieces)
+            return self.without(pieces, part, block), squares + _inner(part, part)
 
-        skip = lambda vector, squares, block: (vector, squares)
-        size = vector.size
-        vector = _chunks(vector)
-        squares = varying_like(jnp.zeros((), vector.dtype), [vector])
+        skip = lambda pieces, squares, block: (pieces, squares)
+        pieces = self.pieces(vector)
+        leaves = tree_leaves(pieces)
+        squares = varying_like(jnp.zeros((), leaves[0].dtype), leaves)
         for block in basis:
-            vector, squares = lax.cond(row >= 0, subtract, skip, vector, squares, block)
-            row = row - block.shape[1]
-        return squares, vector.ravel()[:size]
+            pieces, squares = lax.cond(row >= 0, subtract, skip, pieces, squares, block)
+            row = row - self._rows(block)
+        return squares, self.whole(pieces, vector)
+
+    def _rows(self, block: PyTree) -> int:
+        return tree_leaves(block)[0].shape[self.row_axis]
+
+    def _kept(self, array: Array) -> Array:
+        return array.astype(self.dtype or array.dtype)
+
+
+class Rows(NamedTuple):
+    """Vectors that devices have shares of. each: a tree like the start vector, of [rows, ...]."""
+
+    each: PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class _Divided(_OnDevice):
+    """Keeps rows of every array for itself, [rows, ...], so that devices keep their shares: only
+    coefficients cross them.
+    """
+
+    divided: ClassVar[bool] = True
+    row_axis: ClassVar[int] = 0
+
+    def vector(self, tree: PyTree) -> PyTree:
+        return tree
+
+    def tree(self, vector: PyTree, like: PyTree) -> PyTree:
+        del like
+        return vector
+
+    def pieces(self, vector: PyTree) -> PyTree:
+        return Rows(vector)
+
+    def whole(self, pieces: PyTree, like: PyTree) -> PyTree:
+        del like
+        return pieces.each
+
+    def first_row(self, piece: Array, is_first: ndarray) -> Array:
+        is_first = is_first.reshape(-1, *[1] * piece.ndim)
+        return jnp.where(is_first, piece, 0)
+
+    def coefficients(self, block: PyTree, pieces: PyTree) -> Array:
+        products = map(_products, tree_leaves(block), tree_leaves(pieces))
+        return functools.reduce(jnp.add, products)
+
+    def without(self, pieces: PyTree, part: Array, block: PyTree) -> PyTree:
+        less = lambda piece, rows: piece - jnp.tensordot(part, rows, 1, precision=FULL)
+        return tree_map(less, pieces, block)
+
+    def mixed(self, mixing: ndarray, basis: Blocks, like: PyTree) -> PyTree:
+        parts = []
+        for block in basis:
+            filled = self._rows(block)
+            parts.append(tree_map(partial(_combined, mixing[:filled]), block.each))
+            mixing = mixing[filled:]
+        return tree_map(lambda *own: functools.reduce(jnp.add, own), *parts)
+
+
+def _combined(mixing: ndarray, rows: Array) -> Array:
+    """Combinations of the first rows of [rows, ...], a column of `mixing` each."""
+    columns = jnp.asarray(mixing.T, rows.dtype)
+    return jnp.tensordot(columns, rows[: len(mixing)], 1, precision=FULL)
+
+
+def _products(rows: Array, piece: Array) -> Array:
+    """Inner products of an array with each row of [rows, ...]."""
+    axes = tuple(range(piece.ndim))
+    behind = tuple(axis + 1 for axis in axes)
+    # products of shares are summed over devices
+    everywhere = jax.sharding.PartitionSpec() if any(trees.division(piece)) else None
+    return jnp.tensordot(rows, piece, (behind, axes), precision=FULL, out_sharding=everywhere)
 
 
 def _chunks(vector: Array) -> Array:
@@ -352,6 +487,14 @@ def _chunks(vector: Array) -> Array:
 
 class _OnHost:
     """Keeps the basis in one NumPy matrix, written in place and multiplied on the host."""
+
+    divided: ClassVar[bool] = False
+
+    def vector(self, tree: PyTree) -> Array:
+        return _flatten(tree)
+
+    def tree(self, vector: Array, like: PyTree) -> PyTree:
+        return _unflatten(vector, like)
 
     def create(self, vector: Array, num_rows: int) -> ndarray:
         basis = np.zeros((num_rows, vector.size), vector.dtype)
@@ -415,8 +558,10 @@ class Lanczos:
     shift: added to every norm a vector is divided by. The original of the geometric study uses
         1e-6.
 
-    Inside `shard_map` the start vector varies over the axes that the products vary over
-    (`lax.pcast`); on a mesh of explicit axes every device holds whole vectors.
+    Vectors and basis are divided among devices as the start vector is, by automatic or explicit
+    axes of a mesh, and a step exchanges nothing but sums: 4 (num_matvecs + 4) bytes or so. `host`
+    gathers each vector. Inside `shard_map` the start vector varies over the axes that the products
+    vary over (`lax.pcast`).
 
     Start vectors have floating-point leaves of one type, float32 or float64: TypeError; ValueError
     for a start vector that is zero or not finite (NaN results while tracing), for a product of
@@ -433,20 +578,28 @@ class Lanczos:
         if self.num_matvecs < 1:
             raise ValueError(f"num_matvecs is {self.num_matvecs}; allowed: 1 and above.")
 
-    @property
-    def basis(self) -> _Basis | None:
+    def basis(self, *, divided: bool) -> _Basis | None:
         """Where earlier vectors are kept; None: nowhere."""
-        return REORTHOGONALIZE[self.reorthogonalize]
+        found = REORTHOGONALIZE[self.reorthogonalize]
+        if divided and isinstance(found, _OnDevice):
+            return _Divided(found.num_blocks, found.dtype)
+        return found
+
+    @property
+    def in_host_memory(self) -> bool:
+        """Whether earlier vectors are kept there."""
+        return isinstance(REORTHOGONALIZE[self.reorthogonalize], _OnHost)
 
     def __call__(self, matvec: Matvec, start: PyTree) -> Tridiagonal:
         return self.run(matvec, start).tridiagonal
 
     def init(self, start: PyTree) -> LanczosState:
         """The state before the first product."""
-        start = _checked_start(start)
-        if isinstance(self.basis, _OnHost):
-            return _begin(self, start)
-        return _begin_compiled(self, start)
+        divided = _is_divided(start) and not self.in_host_memory
+        start = _checked_start(start, divided)
+        if self.in_host_memory:
+            return _begin(self, divided, start)
+        return _begin_compiled(self, divided, start)
 
     def step(self, matvec: Matvec, state: LanczosState) -> LanczosState:
         """The state after one more product."""
@@ -456,15 +609,19 @@ class Lanczos:
         """The state after a step whose product is known."""
         *numbers, current, previous, rows = state
         _check_like(product, current, "the product", "the start vector")
-        product = tree_map(trees.gathered, product)
-        if isinstance(self.basis, _OnHost):
-            return _advance(self, numbers, current, product, previous, rows)
-        return _advance_in_place(self, numbers, current, product, previous, rows)
+        divided = _is_divided(current) and not self.in_host_memory
+        if rows is not None and not self.in_host_memory:
+            divided = isinstance(rows[0], Rows)  # as it was begun
+        fit = trees.divided_like if divided else lambda leaf, _: trees.gathered(leaf)
+        product = tree_map(fit, product, current)
+        if self.in_host_memory:
+            return _advance(self, divided, numbers, current, product, previous, rows)
+        return _advance_in_place(self, divided, numbers, current, product, previous, rows)
 
     def run(self, matvec: Matvec, start: PyTree) -> LanczosState:
         """The state after all products."""
         state = self.init(start)
-        if not (self.on_host or isinstance(self.basis, _OnHost)):
+        if not (self.on_host or self.in_host_memory):
             step = lambda _, state: self.step(matvec, state)
             return lax.fori_loop(0, self.num_matvecs, step, state)
         for _ in range(self.num_matvecs):
@@ -476,8 +633,10 @@ class Lanczos:
 lanczos = Lanczos
 
 
-def _checked_start(start: PyTree) -> PyTree:
-    start = tree_map(lambda leaf: trees.gathered(jnp.asarray(leaf)), start)
+def _checked_start(start: PyTree, divided: bool) -> PyTree:
+    start = tree_map(jnp.asarray, start)
+    if not divided:
+        start = tree_map(trees.gathered, start)
     types = sorted({str(leaf.dtype) for leaf in tree_leaves(start)})
     if types not in (["float32"], ["float64"]):
         given = ", ".join(types) or "no arrays"
@@ -492,27 +651,29 @@ def _checked_start(start: PyTree) -> PyTree:
     return start
 
 
-def _begin(method: Lanczos, start: PyTree) -> LanczosState:
+def _begin(method: Lanczos, divided: bool, start: PyTree) -> LanczosState:
     unit = trees.scale_of(start)
     start = tree_map(lambda leaf: leaf / unit, start)
-    square = _dot(start, start)
+    square = _dot(start, start, divided=divided)
     length = jnp.sqrt(square) + method.shift / unit
     current = tree_map(lambda leaf: leaf / length, start)
-    vector = _flatten(current)
     rows = None
-    if method.basis:
-        rows = method.basis.create(vector, min(method.num_matvecs, vector.size))
-    zero = varying_like(jnp.zeros((), jnp.int32), [vector])
-    numbers = varying_like(jnp.zeros(method.num_matvecs, vector.dtype), [vector])
-    previous = tree_map(jnp.zeros_like, current)
+    basis = method.basis(divided=divided)
+    if basis:
+        rows = basis.create(basis.vector(current), min(method.num_matvecs, trees.size(current)))
+    leaves = tree_leaves(current)
+    zero = varying_like(jnp.zeros((), jnp.int32), leaves)
+    numbers = varying_like(jnp.zeros(method.num_matvecs, square.dtype), leaves)
+    previous = tree_map(trees.zeros_like, current)
     return LanczosState(zero, zero, numbers, numbers, current, previous, rows)
 
 
-_begin_compiled = jax.jit(_begin, static_argnums=0)
+_begin_compiled = jax.jit(_begin, static_argnums=(0, 1))
 
 
 def _advance(
     method: Lanczos,
+    divided: bool,
     numbers: Sequence[Array],
     current: PyTree,
     product: PyTree,
@@ -525,38 +686,37 @@ def _advance(
     near its size first: no square leaves the range, whatever the unit of A.
     """
     step, _, _, betas = numbers
-    basis = method.basis
+    basis = method.basis(divided=divided)
     before = jnp.where(step > 0, betas[step - 1], 0)
-    unit, alpha, rest = _recurrence(current, product, previous, before)
+    unit, alpha, rest = _recurrence(current, product, previous, before, divided)
     if basis:
-        flat = _flatten(rest)
-        rest = basis.orthogonalize(rows, step, flat)
-    after, factor = _close(numbers, unit, alpha, before, rest, method.shift)
+        rest = basis.orthogonalize(rows, step, basis.vector(rest))
+    after, factor = _close(numbers, unit, alpha, before, rest, method.shift, divided)
     following = tree_map(lambda leaf: leaf * factor, rest)
     if basis:
         rows = basis.write(rows, step + 1, following)
-        following = _unflatten(following, current)
+        following = basis.tree(following, current)
     return LanczosState._make((*after, following, current, rows))
 
 
-_advance_in_place = jax.jit(_advance, static_argnums=0, donate_argnums=(4, 5))
+_advance_in_place = jax.jit(_advance, static_argnums=(0, 1), donate_argnums=(5, 6))
 
 
-@jax.jit
+@partial(jax.jit, static_argnums=4)
 def _recurrence(
-    current: PyTree, product: PyTree, previous: PyTree, beta: Array
+    current: PyTree, product: PyTree, previous: PyTree, beta: Array, divided: bool
 ) -> tuple[Array, Array, PyTree]:
     """(unit, alpha / unit, residual / unit)."""
     product = tree_map(lambda p, v: p.astype(v.dtype), product, current)
     unit = trees.scale_of(product)
     product = tree_map(lambda p: p / unit, product)
-    alpha = _dot(product, current)
+    alpha = _dot(product, current, divided=divided)
     beta = beta / unit
     subtract = lambda p, v, u: p - alpha * v - beta * u
     return unit, alpha, tree_map(subtract, product, current, previous)
 
 
-@partial(jax.jit, static_argnums=5)
+@partial(jax.jit, static_argnums=(5, 6))
 def _close(
     numbers: Sequence[Array],
     unit: Array,
@@ -564,6 +724,7 @@ def _close(
     before: Array,
     rest: PyTree,
     shift: float,
+    divided: bool,
 ) -> tuple:
     """The numbers after a step, and what to multiply its residual `rest` by: 0 once the Krylov
     space is exhausted.
@@ -573,7 +734,7 @@ def _close(
     step, num_steps, alphas, betas = numbers
     running = (step == 0) | (before != 0)
     alpha = jnp.where(running, unit * alpha, 0)
-    square = _dot(rest, rest)
+    square = _dot(rest, rest, divided=divided)
     length = jnp.sqrt(square)
     beta = unit * length
     alphas = alphas.at[step].set(alpha)
@@ -628,16 +789,8 @@ def top_eigenpairs(
         top = order[:num]
         mixing = mixing[:, top]
         residuals = betas[-1] * np.abs(mixing[-1])
-        flat: Any = 0
-        for block in state.basis:
-            rows = block.shape[1]
-            used = jnp.asarray(mixing[:rows], block.dtype)
-            filled = block[:, : len(used)]
-            flat = flat + _einsum("rn,krc->nkc", used, filled)
-            mixing = mixing[rows:]
-        flat = flat.reshape(num, -1)
-        flat = flat[:, : trees.size(state.current)]
-        vectors = _unflatten(flat, state.current)
+        basis: Any = method.basis(divided=isinstance(state.basis[0], Rows))
+        vectors = basis.mixed(mixing, state.basis, state.current)
         return Eigenpairs(values[top], vectors, residuals)
 
     return find
@@ -841,7 +994,7 @@ def hutchinson(num_probes: int, *, on_host: bool = False) -> Callable[..., Trace
         def sample(key: Array) -> Array:
             probe = rademacher(key, like)
             product = computed(matvec)(probe)
-            return _dot(probe, product)
+            return _dot(probe, product, divided=_is_divided(probe))
 
         keys = jax.random.split(key, num_probes)
         samples = _map(sample, keys, on_host)
@@ -855,8 +1008,9 @@ def hutchpp(num_matvecs: int, *, on_host: bool = False) -> Callable[..., Trace]:
 
     The trace on the range of A times a third of the probes exactly, Hutchinson's on the rest. Exact
     for an operator of rank up to num_matvecs // 3, and for semi-definite ones of error O(1 /
-    num_matvecs). Keeps two vectors per product of that third. on_host as for `lanczos`. Raises
-    ValueError for fewer than 4 products.
+    num_matvecs). Keeps two vectors per product of that third, and only one, divided among devices
+    as `like` is, where devices have shares of that. on_host as for `lanczos`. Raises ValueError for
+    fewer than 4 products.
     Source: Meyer, Musco, Musco, Woodruff 2021, arXiv:2010.09649.
     """
     if num_matvecs < 4:
@@ -867,6 +1021,8 @@ def hutchpp(num_matvecs: int, *, on_host: bool = False) -> Callable[..., Trace]:
 
     def estimate(matvec: Matvec, key: Array, like: PyTree) -> Trace:
         keys = jax.random.split(key, num_matvecs - third)
+        if _is_divided(like):
+            return _divided_hutchpp(computed(matvec), keys, third, like, on_host)
 
         def product(vector: PyTree) -> Array:
             image = computed(matvec)(vector)
@@ -887,21 +1043,67 @@ def hutchpp(num_matvecs: int, *, on_host: bool = False) -> Callable[..., Trace]:
         images = _map(image, keys[:third], on_host)
         columns, _ = jnp.linalg.qr(images.T / trees.scale_of(images))
         basis = columns.T
-        known = jnp.sum(_map(share, basis, on_host))
-        samples = _map(sample, keys[third:], on_host)
-        rest = _mean(samples)
-        return Trace(known + rest.trace, rest.standard_error)
+        return _in_parts(_map(share, basis, on_host), _map(sample, keys[third:], on_host))
 
     return estimate
 
 
-def _map(function: Callable, inputs: Array, on_host: bool) -> Array:
+def _divided_hutchpp(matvec: Matvec, keys: Array, third: int, like: PyTree, on_host: bool) -> Trace:
+    """`hutchpp` of vectors that devices have shares of: an orthonormal basis row by row, where QR
+    would gather all of them. A row is zero where the images so far span the next one.
+    """
+    method = _Divided(1)
+
+    def image(key: Array) -> PyTree:
+        product = matvec(rademacher(key, like))
+        return tree_map(trees.divided_like, product, like)
+
+    def add(row: Array, basis: Blocks) -> Blocks:
+        found = image(keys[row])
+        size = trees.norm(found)
+        unit = tree_map(lambda leaf: leaf / jnp.where(size > 0, size, 1), found)
+        rest = method.orthogonalize(basis, row, unit)
+        length = trees.norm(rest)
+        new = length > 16 * jnp.finfo(length.dtype).eps
+        factor = jnp.where(new, 1 / jnp.where(new, length, 1), 0)
+        return method.write(basis, row, tree_map(lambda leaf: leaf * factor, rest))
+
+    def share(vector: PyTree) -> Array:
+        return _dot(vector, matvec(vector), divided=True)
+
+    def sample(key: Array) -> Array:
+        _, rest = method.part_in(basis, row, rademacher(key, like))
+        return share(rest)
+
+    row = jnp.zeros((), jnp.int32)
+    zeros = tree_map(lambda leaf: trees.zeros_like(widen(leaf)), like)
+    basis = method.create(zeros, third)
+    if on_host:
+        for number in range(third):
+            stopping.check()
+            basis = add(jnp.asarray(number, jnp.int32), basis)
+    else:
+        basis = lax.fori_loop(0, third, add, basis)
+    vectors = method.whole(basis[0], like)
+    return _in_parts(_map(share, vectors, on_host), _map(sample, keys[third:], on_host))
+
+
+def _in_parts(shares: Array, samples: Array) -> Trace:
+    """The trace on a subspace, known as a sum, and that on the rest."""
+    known = jnp.sum(shares)
+    rest = _mean(samples)
+    return Trace(known + rest.trace, rest.standard_error)
+
+
+def _map(function: Callable, inputs: PyTree, on_host: bool) -> Array:
+    """`function` of each entry along the first axis of all arrays."""
     if not on_host:
         return lax.map(function, inputs)
     results = []
-    for x in inputs:
+    for number in range(len(tree_leaves(inputs)[0])):
         stopping.check()
-        results.append(function(x))
+        entry = tree_map(operator.itemgetter(number), inputs)
+        results.append(function(entry))
     return jnp.stack(results)
 
 

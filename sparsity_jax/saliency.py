@@ -62,8 +62,8 @@ def track(
     first = 0 if steps_per_epoch is None else max(steps_per_epoch - track_batches, 0)
 
     def init(params: PyTree) -> TrackedState:
-        values = statistic(params, params)  # zeros are divided among devices as these are
-        zeros = jax.tree.map(jnp.zeros_like, values)
+        values = statistic(params, params)
+        zeros = jax.tree.map(trees.zeros_like, values)
         return TrackedState(jnp.zeros((), jnp.int32), zeros, wrapped.init(params))
 
     def update(

@@ -278,7 +278,7 @@ def gather(
         params: PyTree, data: PyTree = None, *, balanced: PyTree = None, init: PyTree = None
     ) -> Statistics:
         _check_given(needs, dict(data=data, balanced=balanced, init=init))
-        zeros = jax.tree.map(lambda x: jnp.zeros_like(trees.widen(x)), params)
+        zeros = jax.tree.map(lambda x: trees.zeros_like(trees.widen(x)), params)
         start = {"g": zeros}
         if "g2" in needs:
             start["g2"] = zeros
@@ -440,5 +440,5 @@ def _rows(values: Array, member: Member) -> Array:
             f"axis {member.axis} of {member.path!r} has {size} entries; the group's index exceeds "
             "them."
         )
-    first = jnp.moveaxis(values, member.axis, 0)
+    first = jnp.moveaxis(trees.gathered(values), member.axis, 0)
     return first[index].reshape(len(index), -1)

@@ -77,7 +77,7 @@ def over_batches(
     for empty data and for a batch size below 1.
     """
     mean = _mean(product, data, batch_size, on_host, precision)
-    return lambda params, v: mean(tree_map(jnp.zeros_like, v), params, v)
+    return lambda params, v: mean(tree_map(trees.zeros_like, v), params, v)
 
 
 def _mean(
@@ -134,7 +134,7 @@ def linearized(
         parts.append((linear, length / size))
 
     def matvec(v: PyTree) -> PyTree:
-        total = tree_map(jnp.zeros_like, v)
+        total = tree_map(trees.zeros_like, v)
         v = linops.tangent(v, like)
         for linear, share in parts:
             stopping.check()
@@ -283,10 +283,14 @@ def one_hot(like: _Leaves, path: str, index: Shape) -> _Leaves:
     inside = [0 <= i < size for i, size in zip(index, shape)]
     if len(index) != len(shape) or not all(inside):
         raise ValueError(f"index {index} is no entry of {path!r}, whose shape is {shape}.")
-    zeros = tree_map(jnp.zeros_like, like)
-    vector = tree_map(trees.gathered, zeros)
-    vector[path] = vector[path].at[index].set(1)
-    return linops.tangent(vector, like)
+
+    def entry_of(name: str, leaf: Array) -> Array:
+        chosen = jnp.full(jnp.shape(leaf), name == path)
+        for axis, place in enumerate(index if name == path else ()):
+            chosen &= lax.broadcasted_iota(jnp.int32, chosen.shape, axis) == place
+        return trees.divided_like(chosen.astype(jnp.result_type(leaf)), leaf)
+
+    return {name: entry_of(name, leaf) for name, leaf in like.items()}
 
 
 def absolute_sum(tree: PyTree) -> Array:

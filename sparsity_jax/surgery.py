@@ -46,7 +46,7 @@ def orthogonal(key: Array, mask: Array, dtype: Any) -> Array:
     kept = rows[:, None] & columns
     wide = jnp.promote_types(dtype, jnp.float32)
     gaussian = jax.random.normal(key, kept.shape, wide)
-    gaussian = jnp.where(kept, gaussian, 0)
+    gaussian = trees.gathered(jnp.where(kept, gaussian, 0))
     left, _, right = jnp.linalg.svd(gaussian, full_matrices=False)
     rank = jnp.minimum(rows.sum(), columns.sum())  # the singular values behind it are zero
     nonzero = jnp.arange(left.shape[1]) < rank
@@ -59,7 +59,7 @@ def _kept(mask: Array) -> tuple:
     compact kernel.
     """
     flat = mask.reshape(-1, *mask.shape[-2:])
-    inputs = flat.any((0, 2))
+    inputs = trees.gathered(flat.any((0, 2)))
     outputs = flat.any((0, 1))
     return jnp.tile(inputs, len(flat)), outputs
 
@@ -97,11 +97,12 @@ def reinitialize(
         if path in axes:
             of_kernel = functools.partial(draw, dtype=leaf.dtype)
             mask = jnp.asarray(mask)
-            return _drawn(of_kernel, keys[path], mask, axes[path])
+            drawn = _drawn(of_kernel, keys[path], mask, axes[path])
+            return trees.divided_like(drawn, leaf)
         if name in ("bias", "b", "offset"):
-            return jnp.zeros_like(leaf)
+            return trees.zeros_like(leaf)
         if name in ("scale", "weight"):
-            return jnp.ones_like(leaf)
+            return trees.divided_like(jnp.ones_like(leaf), leaf)
         return leaf
 
     return masks.apply(trees.map_named(renewed, params, kept), kept)

@@ -22,6 +22,7 @@ from jax.sharding import Mesh, Sharding
 from sparsity_jax import (
     data,
     groups,
+    hosts,
     interface,
     losses,
     masks,
@@ -343,7 +344,7 @@ def build_problem(
     if streamed:
         train, test = (data.look_at(split.images) for split in dataset[1:3])
         dataset = dataset._replace(train=data.Split(train, None), test=data.Split(test, None))
-    grid = meshes.make(mesh, local_devices())
+    grid = meshes.of_hosts(mesh)
     problem = Problem(
         model,
         dataset,
@@ -637,12 +638,16 @@ class Fit(interface.Stage):
 
 
 def check_batch(stage: Any, problem: Problem) -> None:
-    """Raises ConfigError for a batch larger than the train set, or an augmentation that does not
-    fit its images.
+    """Raises ConfigError for a batch larger than the train set, or that several processes cannot
+    divide, and for an augmentation that does not fit the images.
     """
     size = problem.size("train")
     if stage.batch_size > size:
         raise ConfigError("batch_size", stage.batch_size, allowed=f"up to {size}, the train set")
+    devices = problem.mesh.size if hosts.several() and problem.mesh else 1
+    if stage.batch_size % devices:
+        allowed = f"multiples of {devices}, the devices of all processes"
+        raise ConfigError("batch_size", stage.batch_size, allowed=allowed)
     make_augmentation(stage.augment, problem.dataset)
 
 

@@ -1,6 +1,8 @@
 """Pytrees by name: paths of leaves, rules on paths, inner products and norms."""
 
 import functools
+import itertools
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array, lax
+from jax.experimental.shard_alike import shard_alike
 from jax.tree_util import (
     tree_leaves,
     tree_leaves_with_path,
@@ -30,6 +33,8 @@ __all__ = [
     "check_finite",
     "check_parameters",
     "check_pattern",
+    "divided_along",
+    "divided_like",
     "division",
     "dot",
     "dots",
@@ -42,6 +47,7 @@ __all__ = [
     "map_named",
     "match_rules",
     "matching",
+    "may_be_divided",
     "named_leaves",
     "norm",
     "norm_along",
@@ -55,6 +61,7 @@ __all__ = [
     "size",
     "varying_like",
     "widen",
+    "zeros_like",
 ]
 
 
@@ -324,6 +331,66 @@ def division(x: Array) -> tuple:
     is explicit.
     """
     return tuple(jax.typeof(x).sharding.spec)
+
+
+def may_be_divided(x: Any) -> bool:
+    """Whether devices may have shares of the array `x`, which is true of all arrays on a mesh of
+    automatic axes while `jit` traces; not inside `shard_map`, where a share is the whole.
+    """
+    if not isinstance(x, jax.Array):
+        return False
+    if not isinstance(x, jax.core.Tracer):
+        return not x.sharding.is_fully_replicated
+    return _automatic(x) or any(division(x))
+
+
+def _automatic(x: Array) -> bool:
+    """Whether the compiler chooses how devices share a traced array."""
+    mesh = jax.typeof(x).sharding.mesh
+    return not mesh.manual_axes and bool(mesh.auto_axes) and mesh.size > 1
+
+
+def divided_like(x: Array, like: Any) -> Array:
+    """`x` divided among devices as `like`, of the same shape, is; for arrays made of nothing but a
+    shape, which would lie whole on every device.
+    """
+    traced = isinstance(like, jax.core.Tracer)
+    if not may_be_divided(like):
+        return varying_like(x, [like]) if traced else x
+    if not traced:
+        return jax.device_put(x, like.sharding)
+    sharding = jax.typeof(like).sharding
+    if division(x) != division(like):
+        x = jax.sharding.reshard(x, sharding)
+    if _automatic(like):
+        # while tracing, `x` has to count as an array on the mesh too
+        free = jax.sharding.PartitionSpec(*[jax.sharding.PartitionSpec.UNCONSTRAINED] * x.ndim)
+        x = lax.with_sharding_constraint(x, jax.sharding.NamedSharding(sharding.mesh, free))
+        x, _ = shard_alike(x, like)
+    return x
+
+
+def divided_along(x: Array, like: Array) -> Array:
+    """`x` divided along the axes that divide `like`, of as many axes, where their lengths in `x`
+    allow it; as it is where the compiler chooses how `like` is divided.
+    """
+    traced = isinstance(like, jax.core.Tracer)
+    if not may_be_divided(like) or (traced and _automatic(like)):
+        return x
+    sharding = jax.typeof(like).sharding if traced else like.sharding
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        return x
+    names = []
+    for length, name in itertools.zip_longest(x.shape, sharding.spec):
+        parts = [sharding.mesh.shape[own] for own in np.ravel(name) if own is not None]
+        names.append(None if length % math.prod(parts) else name)
+    wanted = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*names))
+    return jax.sharding.reshard(x, wanted) if traced else jax.device_put(x, wanted)
+
+
+def zeros_like(x: Array, dtype: Any = None) -> Array:
+    """Zeros in the shape of `x`, divided among devices as it is. dtype: by default that of `x`."""
+    return divided_like(jnp.zeros_like(x, dtype=dtype), x)
 
 
 def gathered(x: Array) -> Array:

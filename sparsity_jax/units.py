@@ -166,6 +166,7 @@ def spread(values: Array, part: Part, shape: Shape) -> Array:
     """
     if part.axes is None:
         return values
+    values = trees.gathered(values)
     if part.index is not None:
         along = jnp.zeros(part.positions(shape), values.dtype)
         values = along.at[part.index].add(values[:, None])

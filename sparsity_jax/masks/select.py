@@ -124,7 +124,7 @@ def _masks_of(
 
 def full(tree: PyTree) -> PyTree:
     """The mask that keeps everything."""
-    return tree_map(lambda leaf: jnp.ones(leaf.shape, bool), tree)
+    return tree_map(lambda leaf: trees.divided_like(jnp.ones(leaf.shape, bool), leaf), tree)
 
 
 def apply(tree: PyTree, masks: PyTree) -> PyTree:

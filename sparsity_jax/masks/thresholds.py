@@ -95,7 +95,8 @@ def random_mask(tree: PyTree, k: Count, key: Array, *, before: PyTree | None = N
     keys = jax.random.split(key, len(leaves))
     uniform = []
     for own, leaf in zip(keys, leaves):
-        uniform.append(jax.random.uniform(own, leaf.shape))
+        drawn = jax.random.uniform(own, leaf.shape)
+        uniform.append(trees.divided_like(drawn, leaf))
     scores = tree_unflatten(structure, uniform)
     if before is not None:
         behind = lambda score, kept: jnp.where(kept, score, score - 1)
@@ -111,6 +112,6 @@ def nonzero(params: PyTree) -> PyTree:
     def mask(path: str, leaf: Array) -> Array:
         if trees.is_kernel(path):
             return jnp.asarray(leaf) != 0
-        return jnp.ones(leaf.shape, bool)
+        return trees.divided_like(jnp.ones(leaf.shape, bool), leaf)
 
     return trees.map_named(mask, params)

@@ -117,8 +117,7 @@ def pruned(
 
     def init(params: PyTree) -> PrunedState:
         zero = jnp.zeros((), jnp.int32)
-        full = tree_map(lambda w: jnp.ones_like(w, bool), params)
-        return PrunedState(zero, full, order.unbroken(params), inner.init(params))
+        return PrunedState(zero, masks.full(params), order.unbroken(params), inner.init(params))
 
     def after(moved: PyTree, state: PrunedState) -> PyTree:
         """Masks of the weights after an update of the schedule."""

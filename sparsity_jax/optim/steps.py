@@ -96,7 +96,7 @@ def add_decayed_weights(weight_decay: Number) -> Transformation:
 
 
 def accumulators(params: PyTree, dtype: Any = None) -> PyTree:
-    """Zeros in the shapes of `params`, for sums over many steps.
+    """Zeros in the shapes of `params`, divided among devices as they are, for sums over many steps.
 
     dtype: of these; by default that of the array, but at least float32, where small terms still
         count after many steps.
@@ -104,7 +104,7 @@ def accumulators(params: PyTree, dtype: Any = None) -> PyTree:
 
     def zeros(w: Array) -> Array:
         own = jnp.promote_types(w.dtype, jnp.float32)
-        return jnp.zeros_like(w, dtype=own if dtype is None else dtype)
+        return trees.zeros_like(w, own if dtype is None else dtype)
 
     return tree_map(zeros, params)
 
