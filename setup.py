@@ -94,6 +94,7 @@ setuptools.setup(
             "nbconvert>=7.16",
         ],
         "prepare": ["tensorflow-cpu>=2.18", "importlib_resources"],
+        "ray": ["ray>=2.60"],
         "wandb": ["wandb>=0.18"],
         "mlflow": ["mlflow-skinny>=2.16"],
         "browser": ["playwright>=1.48"],  # for tests/test_browser.py, with a Chromium

@@ -11,13 +11,16 @@ from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
+from absl import flags
 
-from sparsity_jax import intact, meshes, tables, workdirs
+from sparsity_jax import hosts, intact, meshes, tables, workdirs
 from sparsity_jax.intact import DamagedError
 from sparsity_jax.types import Config, PyTree
 from sparsity_jax.workdirs import FOLDER, PROGRESS, STATE, Progress, Snapshot, numbers_in
 
-__all__ = ["Checkpoints", "reading", "restore"]
+__all__ = ["Checkpoints", "newest", "reading", "restore"]
+
+_BARRIER = "experimental_orbax_use_distributed_barrier"  # a flag of orbax
 
 # Reading ------------------------------------------------------------------------------------------
 
@@ -48,6 +51,15 @@ def restore(snapshot: Snapshot, like: PyTree) -> PyTree:
         return reader.restore(snapshot.folder / STATE, like)
 
 
+def newest(workdir: Path) -> Snapshot | None:
+    """`workdirs.newest`; of several processes, what the first finds."""
+    found = hosts.by_first(workdirs.newest, workdir)
+    number = hosts.of_first(int(found.folder.name) if found else 0)
+    if hosts.is_first() or not number:
+        return found
+    return workdirs.read(Path(workdir).absolute() / FOLDER / str(number))
+
+
 # Writing ------------------------------------------------------------------------------------------
 
 
@@ -59,7 +71,7 @@ class Checkpoints:
         the run's, plain.
     before_save: called before every write, which an exception of it prevents.
     A thread of its own starts the writes, so that a Ctrl-C in the middle of one does not leave it
-    half done.
+    half done. Of several processes each writes its arrays, and the first all else.
     """
 
     def __init__(
@@ -75,6 +87,8 @@ class Checkpoints:
         self._before_save = before_save
         self._keep = keep
         self._whole = [int(whole.folder.name)] if whole else []
+        if hosts.several():
+            _wait_without_devices()
         self._orbax = ocp.StandardCheckpointer()
         self._writer = concurrent.futures.ThreadPoolExecutor(1)
         self._pending: concurrent.futures.Future | None = None
@@ -91,19 +105,20 @@ class Checkpoints:
         self._before_save()
         with self._told():
             self._wait()
-            number = max(numbers_in(self._folder), default=0) + 1
+            number = hosts.of_first(max(numbers_in(self._folder), default=0) + 1)
             self._writer.submit(self._begin, number, state).result()
             self._pending = self._writer.submit(self._finish, number, record)
             if first:
-                self._wait()
+                hosts.by_first(self._wait)
         if first:
             self._check_readable(number, state)
 
     def _begin(self, number: int, state: PyTree) -> None:
         """Copies the arrays from the devices and begins to write them."""
         part = self._part(number)
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
+        if hosts.is_first():
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
         self._orbax.save(part / STATE, state)
 
     def _finish(self, number: int, record: dict) -> None:
@@ -111,6 +126,8 @@ class Checkpoints:
         go.
         """
         self._orbax.wait_until_finished()
+        if not hosts.is_first():
+            return
         part = self._part(number)
         (part / PROGRESS).write_text(json.dumps(record), encoding="utf-8")
         intact.seal(part)
@@ -164,6 +181,15 @@ class Checkpoints:
                 self._wait()
             finally:
                 self._orbax.close()
+
+
+def _wait_without_devices() -> None:
+    """Lets orbax's threads wait for other processes while the devices compute; by default they
+    would wait by a program of their own, and each process might start the two in another order.
+    """
+    if not flags.FLAGS.is_parsed():  # without a command line
+        flags.FLAGS.mark_as_parsed()
+    flags.FLAGS[_BARRIER].value = True
 
 
 def _same_bits(first: PyTree, second: PyTree) -> bool:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from sparsity_jax import checkpoint, members, progress, stored, workdirs
+from sparsity_jax import checkpoint, hosts, members, progress, stored, workdirs
 from sparsity_jax.report import Writer
 from sparsity_jax.train import Metrics, State
 from sparsity_jax.types import Config, Rows
@@ -33,6 +33,15 @@ def write_again(workdir: Path, config: Config, snapshots: list[Snapshot]) -> tup
 
     snapshots: the `last_snapshots`. Returns the state of the last one, and the rows of all.
     """
+    rows = hosts.by_first(_write_rows, workdir, config, snapshots) or []
+    with checkpoint.reading(snapshots[-1]):
+        parts = stored.tree(snapshots[-1])
+        state = State(**{**parts, "metrics": Metrics(**parts["metrics"])})
+    return state, rows
+
+
+def _write_rows(workdir: Path, config: Config, snapshots: list[Snapshot]) -> Rows:
+    """Writes rows and report; returns the rows of all."""
     folders = workdirs.member_folders(workdir)
     rows: Rows = []
     for first, snapshot in zip(folders or [0], snapshots):
@@ -42,7 +51,4 @@ def write_again(workdir: Path, config: Config, snapshots: list[Snapshot]) -> tup
         rows += workdirs.renumbered(own, first)
     Writer(workdir, rows).close()
     progress.write_report(workdir, config, rows)
-    with checkpoint.reading(snapshots[-1]):
-        parts = stored.tree(snapshots[-1])
-        state = State(**{**parts, "metrics": Metrics(**parts["metrics"])})
-    return state, rows
+    return rows

@@ -14,7 +14,7 @@ import safetensors
 import safetensors.flax
 from jax import Array
 
-from sparsity_jax import intact, meshes, trees
+from sparsity_jax import hosts, intact, meshes, trees
 from sparsity_jax.intact import DamagedError
 from sparsity_jax.tables import reason_of
 from sparsity_jax.types import AnyPath
@@ -64,13 +64,18 @@ def save(workdir: AnyPath, state: Any, label: str, position: int, most: int) -> 
 
     A second call with the same network changes nothing.
     """
-    folder = Path(workdir) / FOLDER
-    before = [kept for kept in networks(workdir).values() if kept.position < position]
+    arrays = _arrays_of(state) if most else {}
+    hosts.by_first(_write, Path(workdir) / FOLDER, arrays, label, position, most)
+
+
+def _write(folder: Path, arrays: dict[str, Array], label: str, position: int, most: int) -> None:
+    """`save`, of arrays by path."""
+    before = [kept for kept in networks(folder.parent).values() if kept.position < position]
     others = [kept for kept in before if kept.label != label]
     if most:
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / f"{position:03d}.safetensors"
-        intact.write(file, safetensors.flax.save(_arrays_of(state), {"label": label}))
+        intact.write(file, safetensors.flax.save(arrays, {"label": label}))
         intact.record(file)
     staying = others[max(len(others) + 1 - most, 0) :] if most else []
     for kept in before:

@@ -14,13 +14,15 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from sparsity_jax import intact, tables
 from sparsity_jax.types import Fields
 
-__all__ = ["FILE", "STALE_SECONDS", "LockedError", "held", "refuse"]
+__all__ = ["ATTEMPTED", "FILE", "STALE_SECONDS", "Attempt", "LockedError", "held", "refuse"]
 
 FILE = "run.lock"
+ATTEMPTED = "attempt.json"  # the latest attempt that held a member's folder
 STALE_SECONDS = (
     600.0  # default of the time after which a lock of another host counts as left behind
 )
@@ -31,20 +33,41 @@ class LockedError(tables.ConfigError):
     """The workdir is in use by another run; the message names its owner."""
 
 
+class Attempt(NamedTuple):
+    """One try of a launcher, which holds the lock of the whole workdir, to run a member of it.
+
+    launch: of the launcher, the later the larger. number: of the try, from 1.
+    """
+
+    launch: str
+    number: int
+
+
 @contextmanager
-def held(workdir: Path, *, stale_seconds: float = STALE_SECONDS) -> Iterator[Callable[[], None]]:
+def held(
+    workdir: Path,
+    *,
+    stale_seconds: float = STALE_SECONDS,
+    attempt: Attempt | None = None,
+    file: str = FILE,
+) -> Iterator[Callable[[], None]]:
     """Holds the lock of `workdir` while the context lasts; gives `check()`, which raises OSError
     once it is lost.
 
     A lock whose process on this host is gone is taken over at once; one of another host if it was
-    not refreshed for `stale_seconds`. Raises LockedError where a run holds it.
+    not refreshed for `stale_seconds`. attempt: of a launcher, whose earlier ones have ended: their
+    locks are taken over at once, and a later one takes over this. file: name of the lock. Raises
+    LockedError where a run holds it, or a later attempt did.
     """
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    path = workdir / FILE
+    path = workdir / file
     mine = _describe()
+    if attempt is not None:
+        mine |= attempt._asdict()
     with _one_at_a_time(workdir):
-        refuse(workdir, stale_seconds=stale_seconds)
+        _refuse_owner(path, stale_seconds, attempt)
+        _note(workdir, attempt)
         intact.write_object(path, mine)
     ended = threading.Event()
 
@@ -55,6 +78,9 @@ def held(workdir: Path, *, stale_seconds: float = STALE_SECONDS) -> Iterator[Cal
                     os.utime(path)
 
     def check() -> None:
+        too_late = _taken_over(workdir, attempt)
+        if too_late:
+            raise OSError(too_late)
         if not path.exists():
             intact.write_object(path, mine)
         other = _read(path)
@@ -77,11 +103,20 @@ def held(workdir: Path, *, stale_seconds: float = STALE_SECONDS) -> Iterator[Cal
 
 def refuse(workdir: Path, *, stale_seconds: float = STALE_SECONDS) -> None:
     """Raises LockedError if a run that may still live holds the lock of `workdir`."""
-    path = Path(workdir) / FILE
+    _refuse_owner(Path(workdir) / FILE, stale_seconds, None)
+
+
+def _refuse_owner(path: Path, stale_seconds: float, attempt: Attempt | None) -> None:
+    """Raises LockedError if a run that may still live holds the lock `path`, unless it is an
+    attempt before this one.
+    """
     if not path.exists():
         return
     owner = _read(path)
     if _is_gone(owner):
+        return
+    before = _attempt_in(owner)
+    if attempt is not None and before is not None and before < attempt:
         return
     age = max(0.0, _now(path.parent) - path.stat().st_mtime)
     here = owner.get("machine") == _machine()
@@ -89,10 +124,40 @@ def refuse(workdir: Path, *, stale_seconds: float = STALE_SECONDS) -> None:
         return
     left = "" if here else f" If it no longer lives, its lock ends in {stale_seconds - age:.0f} s."
     raise LockedError(
-        f"{path.parent} is in use by {_owner(owner)}, whose {FILE} was refreshed {age:.0f} s ago; "
+        f"{path.parent} is in use by {_owner(owner)}, whose {path.name} was refreshed "
+        f"{age:.0f} s ago; "
         "wait for its end, "
         f"or use another --workdir.{left}"
     )
+
+
+def _note(workdir: Path, attempt: Attempt | None) -> None:
+    """Writes which attempt holds the folder. Raises LockedError where a later one did."""
+    too_late = _taken_over(workdir, attempt)
+    if too_late:
+        raise LockedError(too_late)
+    if attempt is not None:
+        intact.write_object(workdir / ATTEMPTED, attempt._asdict())
+
+
+def _taken_over(workdir: Path, attempt: Attempt | None) -> str:
+    """A sentence if a later attempt has held the folder since, else ""."""
+    latest = _attempt_in(_read(workdir / ATTEMPTED))
+    if attempt is None or latest is None or latest <= attempt:
+        return ""
+    return (
+        f"{workdir} was taken over by attempt {latest.number} of the launch {latest.launch}; "
+        f"attempt {attempt.number} of {attempt.launch} stops without saving."
+    )
+
+
+def _attempt_in(saved: Fields) -> Attempt | None:
+    """The attempt that a lock or record names, if it does."""
+    launch = saved.get("launch")
+    number = saved.get("number")
+    if isinstance(launch, str) and isinstance(number, int):
+        return Attempt(launch, number)
+    return None
 
 
 def _describe() -> Fields:

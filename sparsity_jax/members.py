@@ -20,7 +20,7 @@ from sparsity_jax.tables import (
 )
 from sparsity_jax.types import Config, Fields
 
-__all__ = ["Member", "choices", "expand", "mode_of", "replaced", "stages_of", "told"]
+__all__ = ["FailedError", "Member", "choices", "expand", "mode_of", "replaced", "stages_of", "told"]
 
 
 def choices(
@@ -40,6 +40,12 @@ def choices(
         is `vmap` for dense networks, of those that share a compiled program: they differ in the
         seed and in numbers of one optimizer.
     members: numbers of the members that run, counted from 0; all where it is empty.
+    """
+
+
+class FailedError(Exception):
+    """Members that failed for other reasons than a loss that is not finite, a line for each; the
+    others have run.
     """
 
 

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax import Array, lax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-from sparsity_jax import tables, trees
+from sparsity_jax import hosts, tables, trees
 from sparsity_jax.tables import ConfigError
 from sparsity_jax.types import PyTree, Shape
 
@@ -31,8 +32,11 @@ __all__ = [
     "filled_up",
     "largest_axis",
     "make",
+    "of_hosts",
     "over_batch",
+    "own_rows",
     "put",
+    "put_rows",
     "size",
     "structs",
     "whole",
@@ -88,10 +92,11 @@ def filled_up(examples: int, mesh: Mesh | None) -> int:
 
 
 def make(mesh: int | Mapping[str, int], devices: Sequence[jax.Device]) -> Mesh | None:
-    """The first of `devices` as a mesh; None for one device.
+    """The first of `devices` as a mesh.
 
-    mesh: how many, 0 for all, along one axis `batch`; or how many along each of the named `AXES`,
-    e.g. `dict(data=2, params=4)`. Raises ConfigError for more than there are, and as `check`.
+    mesh: how many, 0 for all, along one axis `batch`, of one device None; or how many along each of
+    the named `AXES`, e.g. `dict(data=2, params=4)`. Raises ConfigError for more than there are, and
+    as `check`.
     """
     check(mesh)
     number = size(mesh) or len(devices)
@@ -100,14 +105,28 @@ def make(mesh: int | Mapping[str, int], devices: Sequence[jax.Device]) -> Mesh |
         least = "0 (all)" if isinstance(mesh, int) else "1"
         allowed = f"{least} to {len(devices)}, the local devices"
         raise ConfigError("mesh", mesh, why=why, allowed=allowed)
-    if number == 1:
-        return None
     used = np.array(devices[:number])
     if isinstance(mesh, int):
-        return Mesh(used, _UNNAMED)
+        return Mesh(used, _UNNAMED) if number > 1 else None
     names = [name for name in AXES if name in mesh]
     grid = used.reshape([mesh[name] for name in names])
     return Mesh(grid, names)
+
+
+def of_hosts(mesh: int | Mapping[str, int]) -> Mesh | None:
+    """`make` of the local devices; of several processes, an integer counts those of each of them,
+    and named axes are over the devices of all.
+    """
+    if not hosts.several():
+        return make(mesh, jax.local_devices())
+    if isinstance(mesh, int):
+        make(mesh, jax.local_devices())
+        return make(0, hosts.devices(mesh))
+    devices = hosts.devices(0)
+    if size(mesh) != len(devices):
+        allowed = f"{len(devices)} in all, those of {hosts.number()} processes"
+        raise ConfigError("mesh", dict(mesh), why=f"{size(mesh)} devices", allowed=allowed)
+    return make(mesh, devices)
 
 
 def over_batch(mesh: Mesh) -> NamedSharding:
@@ -126,13 +145,62 @@ def whole(mesh: Mesh | None) -> Sharding:
 
 
 def put(tree: PyTree, shardings: Any) -> PyTree:
-    """The arrays of a tree where `shardings` say: one for all, or a tree of them."""
-    return jax.device_put(tree, shardings)
+    """The arrays of a tree where `shardings` say: one for all, or a tree of them.
+
+    Every one of several processes has the whole arrays, and puts its part.
+    """
+    if not hosts.several():
+        return jax.device_put(tree, shardings)
+    if isinstance(shardings, Sharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+    return jax.tree.map(_put_part, tree, shardings)
+
+
+def _put_part(leaf: Any, sharding: Sharding) -> jax.Array:
+    """One array of `put`, of several processes; none of them asks the others."""
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    whole = np.asarray(leaf)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+
+def own_rows(sharding: Sharding, size: int) -> slice:
+    """The rows, from the first to the last, of a batch of which devices of this process hold a
+    part.
+    """
+    parts = sharding.addressable_devices_indices_map((size,)).values()
+    ends = [part[0].indices(size)[:2] for part in parts if part]
+    return slice(min(start for start, _ in ends), max(stop for _, stop in ends))
+
+
+def put_rows(rows: slice, size: int, sharding: Sharding, arrays: Sequence[Any]) -> list[jax.Array]:
+    """Arrays of the `rows` of a batch of `size` as those of the whole batch, divided among
+    processes, each of which puts its own rows.
+    """
+
+    def placed(array: np.ndarray) -> jax.Array:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
+            start, stop, _ = index[0].indices(size)
+            return array[start - rows.start : stop - rows.start]
+
+        return jax.make_array_from_callback((size, *array.shape[1:]), sharding, part)
+
+    return [placed(array) for array in arrays]
 
 
 def fetch(tree: PyTree) -> PyTree:
-    """The arrays of a tree as whole NumPy arrays on the host."""
-    return jax.tree.map(np.asarray, jax.device_get(tree))
+    """The arrays of a tree as whole NumPy arrays on the host; several processes all come by."""
+    if not hosts.several():
+        return jax.tree.map(np.asarray, jax.device_get(tree))
+    return jax.tree.map(_fetched, tree)
+
+
+def _fetched(leaf: Any) -> np.ndarray:
+    """One array of `fetch`, of several processes."""
+    if isinstance(leaf, jax.Array) and not (leaf.is_fully_replicated or leaf.is_fully_addressable):
+        leaf = multihost_utils.process_allgather(leaf)
+    return np.asarray(leaf)
 
 
 def structs(tree: PyTree, shardings: PyTree) -> PyTree:

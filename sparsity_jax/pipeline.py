@@ -3,18 +3,19 @@ where it stopped.
 """
 
 import contextlib
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
+import sparsity_jax
 from sparsity_jax import (
     ancestry,
     checkpoint,
     durations,
     finished,
+    hosts,
     imports,
     interface,
     kept,
@@ -50,6 +51,7 @@ __all__ = [
     "plain",
     "run",
     "run_member",
+    "run_plan",
     "settings",
     "stage",
 ]
@@ -86,6 +88,8 @@ def run(
     config = plain(config)
     workdir = Path(workdir)
     workdirs.check_path(workdir)
+    if hosts.several():
+        _meet(workdir, config)
     if holds_run(workdir) and read_config(workdir) == config:
         snapshots = finished.last_snapshots(workdir, config)
         if snapshots:
@@ -94,36 +98,65 @@ def run(
     use_platform(config.get("platform", "default"))
     with imports.telling_files(workdir):
         plans = check(config)
-    workdirs.refuse_other(workdir, config)
+    hosts.by_first(workdirs.refuse_other, workdir, config)
     if len(plans) == 1:
-        workdirs.refuse_members(workdir)
-    lock.refuse(workdir, stale_seconds=lock_seconds)
-    with enough_memory_for("config.data", None, plans[0].common):
+        hosts.by_first(workdirs.refuse_members, workdir)
+    hosts.by_first(lock.refuse, workdir, stale_seconds=lock_seconds)
+    with hosts.together(), enough_memory_for("config.data", None, plans[0].common):
         problem = build(plans)
-    precision = jax.default_matmul_precision(problem.precision)
-    held = lock.held(workdir, stale_seconds=lock_seconds)
-    own_devices = platforms.using(platforms.own())
-    with workdirs.naming(workdir), held as still_mine, precision, own_devices:
-        workdirs.claim(workdir, config)
-        origin = provenance.describe(config, command=command, config_file=config_file)
-        imports.remember(workdir)
-        tell_environment(problem, workdir, origin)
+    held = _held(workdir, lock_seconds)
+    with workdirs.naming(workdir), held as still_mine:
+
+        def claim() -> None:
+            workdirs.claim(workdir, config)
+            origin = provenance.describe(config, command=command, config_file=config_file)
+            imports.remember(workdir)
+            tell_environment(problem, workdir, origin)
+
+        hosts.by_first(claim)
         diverged: list[str] = []
         schedule = durations.schedule_of(plans, problem)
 
-        def run_plan(plan: Plan, folder: Path, config: Config) -> Outcome:
-            own_problem = problem.with_members(plan.size)
-            return _run_plan(plan, own_problem, folder, config, schedule, still_mine)
+        def run_one(plan: Plan, folder: Path, config: Config) -> Outcome:
+            return run_plan(plan, problem, folder, config, schedule, still_mine)
 
         if len(plans) == 1:
-            outcome = run_plan(plans[0], workdir, config)
+            outcome = run_one(plans[0], workdir, config)
         else:
-            state, rows, diverged = turns.run_all(plans, workdir, config, run_plan)
+            state, rows, diverged = turns.run_all(plans, workdir, config, run_one)
             outcome = Outcome(state, rows)
-        write_report(workdir, config, outcome.rows)
+        hosts.by_first(write_report, workdir, config, outcome.rows)
     if diverged:
         raise NonFiniteLossError("\n".join(diverged))
     return outcome
+
+
+def _meet(workdir: Path, config: Config) -> None:
+    """Where several processes run together: their devices, and what must be the same for all.
+
+    Raises ConfigError where it is not.
+    """
+    use_deterministic(config.get("deterministic", False))
+    use_platform(config.get("platform", "default"))
+    workdirs.tell(hosts.is_first())
+    hosts.check_alike("the config", config)
+    hosts.check_alike(
+        "the version of sparsity_jax or jax", [sparsity_jax.__version__, jax.__version__]
+    )
+    hosts.check_shared(workdir)
+
+
+@contextlib.contextmanager
+def _held(workdir: Path, lock_seconds: float) -> Iterator[Callable[[], None]]:
+    """`lock.held`, by the first of several processes for all."""
+    with contextlib.ExitStack() as stack:
+        held = lock.held(workdir, stale_seconds=lock_seconds)
+        check = hosts.by_first(stack.enter_context, held)
+        yield check or _no_check
+
+
+def _no_check() -> None:
+    """Of a process that holds no lock."""
 
 
 def run_member(config: Config, workdir: AnyPath, number: int, **options: Any) -> Outcome:
@@ -159,7 +192,7 @@ class Run(NamedTuple):
     problem: Problem
     workdir: Path
     saved: checkpoint.Checkpoints
-    writer: Writer
+    write: Callable[[Rows], None]
     rows: Rows
     origin: Rows
     schedule: durations.Schedule
@@ -200,10 +233,11 @@ class Run(NamedTuple):
         label = arm_of(config, position)
         is_last = position + 1 == len(self.plan.pipeline)
         if not is_last and arm_of(config, position + 1) != label:
-            kept.save(self.workdir, state, label, position, self.plan.common["keep_networks"])
+            most = self.plan.common["keep_networks"]
+            kept.save(self.workdir, state, label, position, most)
 
 
-def _run_plan(
+def run_plan(
     plan: Plan,
     problem: Problem,
     workdir: Path,
@@ -211,12 +245,28 @@ def _run_plan(
     schedule: durations.Schedule,
     still_mine: Callable[[], None],
 ) -> Outcome:
-    """Runs the stages of one plan, from its newest whole checkpoint if there is one.
+    """Runs the stages of one plan in `workdir`, from its newest whole checkpoint if there is one.
 
-    config: of the plan, as plain data. still_mine: raises OSError if the workdir belongs to another
-        run by now.
+    problem: what `build` gives for all plans of the run. config: of the plan, as plain data.
+    schedule: of all plans. still_mine: raises OSError if the workdir belongs to another run by now.
+    Raises train.NonFiniteLossError, and what `run` does while it trains.
     """
-    found = workdirs.newest(workdir)
+    precision = jax.default_matmul_precision(problem.precision)
+    with precision, platforms.using(platforms.own()):
+        own_problem = problem.with_members(plan.size)
+        return _run_stages(plan, own_problem, workdir, config, schedule, still_mine)
+
+
+def _run_stages(
+    plan: Plan,
+    problem: Problem,
+    workdir: Path,
+    config: Config,
+    schedule: durations.Schedule,
+    still_mine: Callable[[], None],
+) -> Outcome:
+    """`run_plan` for a problem of as many members as the plan has."""
+    found = checkpoint.newest(workdir)
     progress = found.progress if found else Progress(0, False, [])
     with enough_memory_for("config.model", None, plan.common):
         state = _initial_state(plan, problem)
@@ -226,9 +276,8 @@ def _run_plan(
     with train.naming("at the start of the run"):
         stages.check_weights(problem, state)
     saved = checkpoint.Checkpoints(workdir, config, found, still_mine)
-    own_trackers = trackers.begin(plan.common["log"], workdir, config)
-    with contextlib.closing(saved), Writer(workdir, progress.rows, own_trackers) as writer:
-        run = Run(plan, problem, workdir, saved, writer, progress.rows, origin, schedule)
+    with contextlib.closing(saved), _writing(workdir, progress.rows, plan, config) as write:
+        run = Run(plan, problem, workdir, saved, write, progress.rows, origin, schedule)
         if found:
             stage_number = min(progress.stage + 1, len(plan.pipeline))
             say(f"continuing {workdir} in stage {stage_number} of {len(plan.pipeline)}")
@@ -238,6 +287,19 @@ def _run_plan(
             state = _run_stage(run, state, position, begun)
             begun = False
     return Outcome(state, progress.rows)
+
+
+@contextlib.contextmanager
+def _writing(
+    workdir: Path, rows: Rows, plan: Plan, config: Config
+) -> Iterator[Callable[[Rows], None]]:
+    """What rows are written by, behind `rows`; of several processes by the first alone."""
+    if not hosts.is_first():
+        yield lambda rows: None
+        return
+    own_trackers = trackers.begin(plan.common["log"], workdir, config)
+    with Writer(workdir, rows, own_trackers) as writer:
+        yield writer.append
 
 
 def _initial_state(plan: Plan, problem: Problem) -> State:
@@ -296,7 +358,7 @@ def _run_updates(run: Run, state: State, place: Place) -> State:
     config = plan.members[0].config
     common = dict(stage=name, kind=config[name]["kind"], visit=place.visit)
     common["arm"] = arm_of(config, position)
-    last = time.monotonic()
+    alarm = hosts.Alarm(plan.common["checkpoint_seconds"])
     spe = stage.steps_per_epoch(run.problem)
     # what an interruption saves, replaced as one: it may come between any two instructions
     good = run.reached(state, position, 0.0)
@@ -312,14 +374,14 @@ def _run_updates(run: Run, state: State, place: Place) -> State:
                 if update.state is not None:
                     state = update.state
                     good = run.reached(state, position, update.done)
-                run.writer.append(new)
+                run.write(new)
                 display.show(update.done, new)
                 stopping.check()
-                due = time.monotonic() - last >= plan.common["checkpoint_seconds"]
+                due = alarm.rings()
                 if due and update.state is not None and update.done < 1:
                     train.check_finite(state, spe)
                     run.saved.save(*good)
-                    last = time.monotonic()
+                    alarm.reset()
         except KeyboardInterrupt:
             arrays = [leaf for leaf in jax.tree.leaves(good[0]) if isinstance(leaf, jax.Array)]
             if not any(array.is_deleted() for array in arrays):

@@ -11,7 +11,7 @@ import tqdm
 from jax import local_devices
 
 import sparsity_jax
-from sparsity_jax import data, durations, report, trees, weights
+from sparsity_jax import data, durations, hosts, report, trees, weights, workdirs
 from sparsity_jax.train import Problem, shapes_of
 from sparsity_jax.types import Config, Fields, Row, Rows
 from sparsity_jax.workdirs import say
@@ -58,8 +58,9 @@ def describe_environment(problem: Problem) -> Fields:
     """Versions and hardware, and the accuracy by chance, for the report."""
     device = local_devices()[0]
     count = len(local_devices())
+    processes = f", {hosts.number()} processes" if hosts.several() else ""
     environment = {
-        "device": f"{device.device_kind} ({device.platform}, {count} local)",
+        "device": f"{device.device_kind} ({device.platform}, {count} local{processes})",
         "python": host.python_version(),
         "parameters": f"{trees.size(shapes_of(problem)):,}",
         "chance": chance(problem.dataset),
@@ -111,7 +112,7 @@ class Display:
             miniters=0,
             dynamic_ncols=True,
             leave=False,
-            disable=None,
+            disable=None if workdirs.tells() else True,
         )
 
     def __enter__(self) -> "Display":

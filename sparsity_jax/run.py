@@ -13,13 +13,14 @@ import pathlib
 import re
 import shlex
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from sparsity_jax import catalog, compilation, lock, stopping, tables
+from sparsity_jax import catalog, compilation, lock, stopping, tables, watch
 
 __all__ = ["SWEPT", "collect_rarely", "main", "parse", "swept", "without_sweep"]
 
@@ -49,7 +50,32 @@ _MEMBER = flags.DEFINE_integer(
     "Number of one member of a sweep, from 0, which runs alone in its folder of --workdir.",
     lower_bound=0,
 )
+_LAUNCHER = flags.DEFINE_enum(
+    "launcher",
+    None,
+    ["ray"],
+    "Hands the members of a sweep, or groups that share a program, to workers on a Ray cluster.",
+)
+_RESOURCES = flags.DEFINE_string(
+    "resources",
+    None,
+    "What each worker of --launcher takes: cpu=2, or gpu=1, or gpu=0.5,cpu=4; default: cpu=1.",
+)
+_RAY_ADDRESS = flags.DEFINE_string(
+    "ray_address",
+    None,
+    "HOST:PORT of the cluster's head; default: RAY_ADDRESS of the environment, else a local "
+    "cluster that the command starts and ends.",
+)
+flags.DEFINE_alias("ray-address", "ray_address")
+_RETRIES = flags.DEFINE_integer(
+    "retries",
+    None,
+    "How often a lost worker of --launcher is replaced, per member; default: 3.",
+    lower_bound=0,
+)
 _CACHE = flags.DEFINE_bool(compilation.FLAG, True, compilation.HELP)
+watch.define(flags.FLAGS)
 _LOCK_SECONDS = flags.DEFINE_float(
     "lock_seconds",
     lock.STALE_SECONDS,
@@ -179,9 +205,56 @@ def _check_given(rest: list[str]) -> None:
         sys.exit(f"error: {rest[0]!r} is no flag; flags begin with --, e.g. --config.seed=1.")
     if _CONFIG.value is None:
         sys.exit(f"error: --config is missing; allowed: a file, {', '.join(catalog.files())}.")
+    if _LAUNCHER.value is not None and _MEMBER.value is not None:
+        sys.exit(
+            "error: --member runs one member here, --launcher all elsewhere; give one of them."
+        )
+    _check_launcher()
+    if _LAUNCHER.value is not None and flags.FLAGS["distributed"].value != "off":
+        sys.exit("error: --distributed is one run on all processes; --launcher needs one process.")
     if not (_WORKDIR.value or _DESCRIBE.value):
         state = "missing" if _WORKDIR.value is None else "empty"
         sys.exit(f"error: --workdir is {state}; name a folder.")
+
+
+def _check_launcher() -> None:
+    """Ends the process where what is for a launcher is given without one, or a launcher with what
+    it cannot launch.
+    """
+    distributed = flags.FLAGS["distributed"].value
+    if _LAUNCHER.value is not None and distributed != "off":
+        sys.exit(
+            "error: --distributed is one run on several processes, --launcher hands its members to "
+            "workers; give one of them."
+        )
+    given = {
+        "--resources": _RESOURCES.value,
+        "--ray-address": _RAY_ADDRESS.value,
+        "--retries": _RETRIES.value,
+    }
+    for flag, value in given.items():
+        if value is not None and _LAUNCHER.value is None:
+            sys.exit(f"error: {flag} is for workers; give --launcher=ray too.")
+
+
+def _runner() -> Callable[..., Any]:
+    """The function that runs what the flags ask for: all here, one member, or all on workers."""
+    from sparsity_jax import pipeline
+
+    if _MEMBER.value is not None:
+        return functools.partial(pipeline.run_member, number=_MEMBER.value)
+    if _LAUNCHER.value is None:
+        return pipeline.run
+
+    from sparsity_jax.launching import launch
+
+    given: dict[str, Any] = {
+        "needs": _RESOURCES.value,
+        "address": _RAY_ADDRESS.value,
+        "retries": _RETRIES.value,
+    }
+    known = {name: value for name, value in given.items() if value is not None}
+    return functools.partial(launch.run, keep_programs=_CACHE.value, **known)
 
 
 def _typed() -> str:
@@ -201,6 +274,42 @@ def _print_names(kind: str) -> None:
         sys.exit(f"error: {error}")
 
 
+def _end(sentence: str) -> NoReturn:
+    """Ends the process after a mistake; one of several leaves the others."""
+    from sparsity_jax import hosts
+
+    if hosts.several():
+        sys.stderr.write(f"{sentence}\n")
+        hosts.end(told=True)
+        os._exit(1)
+    sys.exit(sentence)
+
+
+def _carry_out(workdir: str) -> None:
+    """Describes the config, or runs it."""
+    from sparsity_jax import describe, hosts
+
+    config = swept(_CONFIG.value.to_dict(), SWEPT)
+    if _DESCRIBE.value:
+        sys.stdout.write(describe.describe(config))
+        return
+    if _CACHE.value:
+        compilation.keep()
+    place, limits = watch.read(flags.FLAGS)
+    if place is not None:
+        hosts.begin(place, limits)
+    run = _runner()
+    config_file, _, _ = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
+    run(
+        config,
+        workdir,
+        command=_typed(),
+        config_file=config_file,
+        lock_seconds=_LOCK_SECONDS.value,
+    )
+    hosts.end()
+
+
 def main(argv: list[str]) -> None:
     """The command line, flags read; argv: what is left of it."""
     if _LIST.value is not None:
@@ -208,47 +317,39 @@ def main(argv: list[str]) -> None:
         return
     # not at the top: an exception that a signal raises inside these imports can crash them, see
     # `stopping.listen`
-    from sparsity_jax import describe, pipeline, train, workdirs
+    from sparsity_jax import hosts, members, train, workdirs
 
     workdir = _WORKDIR.value or ""
     _check_given(argv[1:])
     _be_quiet()
-    config_file, _, _ = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
     try:
         stopping.check()
-        config = swept(_CONFIG.value.to_dict(), SWEPT)
-        if _DESCRIBE.value:
-            sys.stdout.write(describe.describe(config))
-            return
-        if _CACHE.value:
-            compilation.keep()
-        run = pipeline.run
-        if _MEMBER.value is not None:
-            run = functools.partial(pipeline.run_member, number=_MEMBER.value)
-        run(
-            config,
-            workdir,
-            command=_typed(),
-            config_file=config_file,
-            lock_seconds=_LOCK_SECONDS.value,
-        )
-    except tables.ConfigError as error:
-        sys.exit(f"error: {error}")
+        _carry_out(workdir)
+    except (tables.ConfigError, hosts.EndedError) as error:
+        _end(f"error: {error}")
     except train.NonFiniteLossError as error:
-        sys.exit(f"error: {error}\nThe last good checkpoint is in {workdir}.")
+        _end(f"error: {error}\nThe last good checkpoint is in {workdir}.")
+    except members.FailedError as error:
+        _end(f"error: {error}\nThe same command runs these again, in {workdir}.")
     except OSError as error:  # a full disk, for example
         place = "" if workdir in str(error) else f"{workdir}: "
         sys.stderr.write(f"error: {place}{error}\n")
         if workdirs.numbers_in(pathlib.Path(workdir) / workdirs.FOLDER):
             again = "The same command goes on from the last checkpoint in"
             sys.stderr.write(f"{again} {workdir}.\n")
+        hosts.end(told=True)
         os._exit(1)  # threads that still want to write would only add their own complaints
     except KeyboardInterrupt:
         sys.stderr.write(f"interrupted: the same command continues {workdir}\n")
+        hosts.end(told=True)
         os._exit(130)  # orbax and jax threads would otherwise delay the exit
+    except Exception:
+        hosts.give_up()
+        raise
 
 
 if __name__ == "__main__":
+    watch.begin(sys.argv[1:])
     stopping.listen()
     collect_rarely()
     app.run(main, flags_parser=parse)

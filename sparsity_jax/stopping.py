@@ -8,11 +8,22 @@ import concurrent.futures
 import os
 import signal
 import threading
+from collections.abc import Callable
 from typing import Any
 
-__all__ = ["check", "clear", "listen", "request", "requested", "result_of"]
+__all__ = [
+    "agree_by",
+    "check",
+    "check_here",
+    "clear",
+    "listen",
+    "request",
+    "requested",
+    "result_of",
+]
 
 _asked = False  # a plain variable: setting it takes no lock
+_agreed: Callable[[], bool] | None = None
 
 
 def request() -> None:
@@ -32,16 +43,32 @@ def requested() -> bool:
     return _asked
 
 
+def agree_by(agreed: Callable[[], bool]) -> None:
+    """Several processes stop at the same `check`: that at which `agreed()` says so in all."""
+    global _agreed
+    _agreed = agreed
+
+
 def check() -> None:
-    """Raises KeyboardInterrupt once a stop has been asked for."""
-    if _asked:
+    """Raises KeyboardInterrupt once a stop has been asked for; of several processes, all come by
+    here in the same order.
+    """
+    stop = _asked if _agreed is None else _agreed()
+    if stop:
+        request()
+        raise KeyboardInterrupt
+
+
+def check_here() -> None:
+    """`check` where several processes do not come by alike; they go on to the next `check`."""
+    if _asked and _agreed is None:
         raise KeyboardInterrupt
 
 
 def result_of(future: concurrent.futures.Future) -> Any:
     """`future.result()`, that looks for a request every half second."""
     while True:
-        check()
+        check_here()
         try:
             return future.result(timeout=0.5)
         except concurrent.futures.TimeoutError:

@@ -26,7 +26,7 @@ import numpy as np
 from absl import flags
 from numpy import ndarray
 
-from sparsity_jax import decoding, sequences, stopping
+from sparsity_jax import decoding, hosts, sequences, stopping
 from sparsity_jax.data import Options, Stream
 from sparsity_jax.data.sets import usable_cores
 from sparsity_jax.data.streams import SKIPPING, check_losses
@@ -91,13 +91,15 @@ def train_batches(
     start: int = 0,
     put: Callable = jax.device_put,
     lost: Sequence[str] = (),
+    rows: slice | None = None,
 ) -> Batches:
     """The batches of a whole training from step `start` on; close it to stop reading.
 
     Every epoch visits the images in a new order, without those that do not fill a batch, and crops
     each at random.
     seed: non-negative integers. put((images, labels)) -> both where they are used. lost: images
-    found unreadable by the steps before `start`. Raises ConfigError for a batch_size above the
+    found unreadable by the steps before `start`. rows: those of every batch that are read here, one
+    after the other, by default all. Raises ConfigError for a batch_size above the
     number of images, and when too many images cannot be decoded.
     """
     import grain  # a second to import, needed by streams only
@@ -107,7 +109,7 @@ def train_batches(
         raise ConfigError("batch_size", batch_size, allowed=f"up to {total}, the images")
     if images.source.epochs is not None:
         own = sequences.training(images, batch_size=batch_size, epochs=epochs, start=start)
-        return _opened(_in_order(own, put))
+        return _opened(_in_order(own, put, rows))
     size = total // batch_size * batch_size
     seeds = np.random.SeedSequence(seed).generate_state(epochs).tolist()
     if total <= _SHUFFLED_WHOLE:
@@ -129,7 +131,7 @@ def train_batches(
 
     order = order.map_with_index(cropped)
     order = order[start * batch_size :]
-    return _opened(_counted(images, order, batch_size, put, lost))
+    return _opened(_counted(images, order, batch_size, put, rows, lost))
 
 
 def image_at(position: int, *, total: int, size: int, seeds: Sequence[int]) -> int:
@@ -152,21 +154,23 @@ def eval_batches(
     batch_size: int,
     put: Callable = jax.device_put,
     indices: Sequence[int] | None = None,
+    rows: slice | None = None,
 ) -> Batches:
     """All images, or those at `indices`, in order and with their central part.
 
-    The last batch is filled up.
+    The last batch is filled up. rows: as of `train_batches`.
     """
     import grain
 
     if indices is None and images.source.epochs is not None:
-        return _opened(_in_order(sequences.evaluation(images, batch_size=batch_size), put))
+        own = sequences.evaluation(images, batch_size=batch_size)
+        return _opened(_in_order(own, put, rows))
     if indices is None:
         indices = range(images.shape[0])
     draw = partial(central_box, options=images.options)
     order = grain.MapDataset.source(indices)
     order = order.map(lambda index: example(images, index, draw))
-    return _opened(_counted(images, order, batch_size, put))
+    return _opened(_counted(images, order, batch_size, put, rows))
 
 
 def examples(images: Stream, indices: Sequence[int], *, batch_size: int = 256) -> Arrays:
@@ -204,16 +208,22 @@ def _close_all() -> None:
         batches.close()
 
 
-def _in_order(batches: Iterator[Arrays], put: Callable) -> Batches:
+def _in_order(batches: Iterator[Arrays], put: Callable, rows: slice | None) -> Batches:
     """Batches of arrays, of which a few wait on the device."""
-    placed = (put(batch) for batch in batches)
+    here = rows or slice(None)
+    placed = (put((images[here], labels[here])) for images, labels in batches)
     with contextlib.closing(ahead(placed, ON_DEVICE)) as read:
         for images, labels in read:
             yield Batch(images, labels, ())
 
 
 def _counted(
-    images: Stream, order: Any, batch_size: int, put: Callable, lost: Sequence[str] = ()
+    images: Stream,
+    order: Any,
+    batch_size: int,
+    put: Callable,
+    rows: slice | None = None,
+    lost: Sequence[str] = (),
 ) -> Batches:
     """Batches of a grain dataset of examples, until more than the allowed share of the split's
     images are lost.
@@ -226,13 +236,35 @@ def _counted(
         return Batch(images, labels, batch.unreadable)
 
     names = set(lost)
+    if rows is not None:
+        order = _share(order, batch_size, rows, np.zeros(images.shape[1:], np.uint8))
+        batch_size = rows.stop - rows.start
     stacked = _stacked(images.options, order, batch_size)
     reading = ahead(iter(stacked.map(placed)), ON_DEVICE)
     with contextlib.closing(reading) as batches:
         for batch in batches:
+            if rows is not None and images.options.unreadable == "skip":
+                batch = batch._replace(unreadable=tuple(hosts.gathered(batch.unreadable)))
             names.update(batch.unreadable)
             check_losses(sorted(names), images.shape[0], images.options)
             yield batch
+
+
+def _share(order: Any, batch_size: int, rows: slice, black: ndarray) -> Any:
+    """A grain dataset of the examples at `rows` of every batch of another one. black: the image of
+    one behind the end, which does not count.
+    """
+    import grain
+
+    count = rows.stop - rows.start
+    total = len(order)
+
+    def at(own: int) -> Example:
+        batch, row = divmod(own, count)
+        position = batch * batch_size + rows.start + row
+        return order[position] if position < total else Example(black, -1)
+
+    return grain.MapDataset.range(math.ceil(total / batch_size) * count).map(at)
 
 
 def _stacked(options: Options, order: Any, batch_size: int) -> Any:
@@ -279,7 +311,7 @@ def ahead(batches: Any, number: int) -> Generator:
     reader.start()
     try:
         while True:
-            stopping.check()
+            stopping.check_here()
             try:
                 batch, error = ready.get(timeout=_PATIENCE)
             except queue.Empty:

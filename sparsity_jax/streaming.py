@@ -10,21 +10,26 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from sparsity_jax import meshes, stopping, stream
-from sparsity_jax.types import PyTree
+from sparsity_jax import hosts, meshes, stopping, stream
+from sparsity_jax.types import Fields, PyTree
 
-__all__ = ["Calls", "batches", "examples", "measured", "put", "steps"]
+__all__ = ["Calls", "batches", "examples", "measured", "steps"]
 
 # (state after a compiled call, steps so far, images that could not be read) of each call
 Calls = Generator[tuple[Any, int, Sequence[str]], None, None]
 
 
-def put(problem: Any, batch: tuple[np.ndarray, ...]) -> tuple[Array, ...]:
-    """Arrays of a batch on the device, or split over those of the mesh."""
-    sharding = problem.over_devices(batch[0])
+def _shared(problem: Any, batch_size: int) -> Fields:
+    """Options `put` and `rows` of batches: split over the devices, of several processes each reads
+    what its own devices hold.
+    """
+    sharding = problem.over_devices(range(batch_size))
     if sharding is None:
-        return problem.place(batch)
-    return meshes.put(batch, sharding)
+        return dict(put=problem.place)
+    if not hosts.several():
+        return dict(put=partial(meshes.put, shardings=sharding))
+    rows = meshes.own_rows(sharding, batch_size)
+    return dict(put=partial(meshes.put_rows, rows, batch_size, sharding), rows=rows)
 
 
 def examples(problem: Any, split: str, indices: np.ndarray) -> tuple[Array, Array]:
@@ -35,11 +40,9 @@ def examples(problem: Any, split: str, indices: np.ndarray) -> tuple[Array, Arra
 
 def batches(problem: Any, split: str) -> stream.Batches:
     """A split in order, for evaluation; `stream.eval_batches`."""
-    return stream.eval_batches(
-        problem.split(split).images,
-        batch_size=problem.evaluation_batch(split),
-        put=partial(put, problem),
-    )
+    batch_size = problem.evaluation_batch(split)
+    images = problem.split(split).images
+    return stream.eval_batches(images, batch_size=batch_size, **_shared(problem, batch_size))
 
 
 def steps(
@@ -56,8 +59,8 @@ def steps(
         batch_size=fit.batch_size,
         epochs=fit.epochs,
         start=step,
-        put=partial(put, problem),
         lost=lost,
+        **_shared(problem, fit.batch_size),
     )
     with closing(read):
         for batch in read:

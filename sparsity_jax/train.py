@@ -5,6 +5,7 @@ members share a program puts a leading axis on both and maps the step over it; `
 only place that knows.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -21,6 +22,7 @@ from jax.sharding import Mesh, Sharding
 from sparsity_jax import (
     data,
     groups,
+    hosts,
     interface,
     losses,
     masks,
@@ -54,6 +56,7 @@ __all__ = [
     "begin",
     "begin_members",
     "build_problem",
+    "bytes_of",
     "check_batch",
     "check_finite",
     "check_memory",
@@ -341,7 +344,7 @@ def build_problem(
     if streamed:
         train, test = (data.look_at(split.images) for split in dataset[1:3])
         dataset = dataset._replace(train=data.Split(train, None), test=data.Split(test, None))
-    grid = meshes.make(mesh, local_devices())
+    grid = meshes.of_hosts(mesh)
     problem = Problem(
         model,
         dataset,
@@ -389,6 +392,18 @@ def on_host(problem: Problem) -> bool:
     XLA's CPU backend compiles convolution gradients inside a scan to a naive loop.
     """
     return convolves(shapes_of(problem)) and jax.default_backend() == "cpu"
+
+
+def bytes_of(problem: Problem, tree: PyTree) -> int:
+    """Bytes of arrays, or shape structs, on one device, where parameters and what has their paths
+    and shapes are divided; on all devices where they share the memory of the host.
+    """
+    leaves = jax.tree.leaves(tree)
+    shapes = [leaf.shape for leaf in leaves]
+    if problem.division is not None and jax.default_backend() != "cpu":
+        own = jax.tree.leaves(problem.shardings(tree))
+        shapes = [sharding.shard_shape(shape) for sharding, shape in zip(own, shapes)]
+    return sum(math.prod(shape) * leaf.dtype.itemsize for shape, leaf in zip(shapes, leaves))
 
 
 def check_memory(needed: int, what: str) -> None:
@@ -623,12 +638,16 @@ class Fit(interface.Stage):
 
 
 def check_batch(stage: Any, problem: Problem) -> None:
-    """Raises ConfigError for a batch larger than the train set, or an augmentation that does not
-    fit its images.
+    """Raises ConfigError for a batch larger than the train set, or that several processes cannot
+    divide, and for an augmentation that does not fit the images.
     """
     size = problem.size("train")
     if stage.batch_size > size:
         raise ConfigError("batch_size", stage.batch_size, allowed=f"up to {size}, the train set")
+    devices = problem.mesh.size if hosts.several() and problem.mesh else 1
+    if stage.batch_size % devices:
+        allowed = f"multiples of {devices}, the devices of all processes"
+        raise ConfigError("batch_size", stage.batch_size, allowed=allowed)
     make_augmentation(stage.augment, problem.dataset)
 
 

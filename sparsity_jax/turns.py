@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from sparsity_jax import building, members, plans, report, stopping, workdirs
+from sparsity_jax import building, hosts, members, plans, report, stopping, workdirs
 from sparsity_jax.plans import Plan
 from sparsity_jax.report import Writer
 from sparsity_jax.tables import ConfigError
@@ -12,9 +12,32 @@ from sparsity_jax.train import NonFiniteLossError, State
 from sparsity_jax.types import Config, Fields, Rows
 from sparsity_jax.workdirs import say
 
-__all__ = ["RunPlan", "alone", "run_all"]
+__all__ = ["RunPlan", "Turn", "alone", "run_all", "turns_of"]
 
 RunPlan = Callable[[Plan, Path, Fields], tuple[State, Rows]]
+
+
+class Turn(NamedTuple):
+    """A plan with the folder that it runs in, and the config of that folder."""
+
+    plan: Plan
+    folder: Path
+    config: Fields
+
+
+def turns_of(every: list[Plan], workdir: Path, config: Config) -> list[Turn]:
+    """Where each plan of a run goes: the only one into `workdir`, of several each into a folder in
+    it.
+    """
+    if len(every) == 1:
+        return [Turn(every[0], workdir, dict(config))]
+    turns = []
+    for plan in every:
+        folder = workdir / workdirs.member_name(plan.numbers[0])
+        start = building.origin_of(plan, len(every))
+        plan = plan._replace(common={**plan.common, "start_from": start})
+        turns.append(Turn(plan, folder, _config_of(plan, config)))
+    return turns
 
 
 def run_all(
@@ -28,14 +51,10 @@ def run_all(
     diverged: list[str] = []
     state: Any = None
     number = every[-1].numbers[-1] + 1
-    for plan in every:
+    for plan, folder, own_config in turns_of(every, workdir, config):
         stopping.check()
         first = plan.numbers[0]
-        folder = workdir / workdirs.member_name(first)
-        start = building.origin_of(plan, len(every))
-        plan = plan._replace(common={**plan.common, "start_from": start})
-        own_config = _config_of(plan, config)
-        workdirs.claim(folder, own_config)
+        hosts.by_first(workdirs.claim, folder, own_config)
         swept = "; ".join(members.told(member.swept) for member in plan.members)
         place = f"{first + 1} of {number}"
         say(f"{plan.name} ({place}): {swept}")
@@ -43,10 +62,14 @@ def run_all(
             state, new = run_plan(plan, folder, own_config)
         except NonFiniteLossError as error:
             diverged.append(f"{plan.name}: {error}")
-            new = report.read_rows(folder / report.METRICS)
+            new = hosts.by_first(report.read_rows, folder / report.METRICS) or []
         rows += workdirs.renumbered(new, first)
-        Writer(workdir, rows).close()
+        hosts.by_first(_write, workdir, rows)
     return state, rows, diverged
+
+
+def _write(workdir: Path, rows: Rows) -> None:
+    Writer(workdir, rows).close()
 
 
 def alone(config: Config, number: int) -> Fields:

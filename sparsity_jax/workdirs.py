@@ -45,6 +45,8 @@ __all__ = [
     "refuse_other",
     "renumbered",
     "say",
+    "tell",
+    "tells",
 ]
 
 FOLDER = "checkpoints"
@@ -65,8 +67,24 @@ def naming(workdir: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(workdir)) from error
 
 
+_telling = True
+
+
+def tell(wanted: bool) -> None:
+    """Whether this process says anything: of several only the first does."""
+    global _telling
+    _telling = wanted
+
+
+def tells() -> bool:
+    """Whether this process says anything."""
+    return _telling
+
+
 def say(message: str) -> None:
     """One line for the person at the terminal."""
+    if not _telling:
+        return
     tqdm.tqdm.write(message, file=sys.stderr)
 
 

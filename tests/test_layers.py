@@ -22,6 +22,8 @@ NUMERICS = (
         "precision",
         "stopping",
         "tables",
+        "watch",
+        "hosts",
         "platforms",
         "blocks",
         "trees",
@@ -108,6 +110,7 @@ RUNS = (
         "building",
         "turns",
         "pipeline",
+        "launching",
         "describe",
         "listing",
         "extend",
@@ -131,6 +134,10 @@ FOLDERS = {
         "__init__",
     ),
     "polytopes": ("inside", "ksparse", "balls", "sets", "__init__"),
+    "launching": (
+        *("resources", "mirror", "tasks", "worker", "dispatch", "ray_cluster", "launch"),
+        "__init__",
+    ),
     "compare": ("lines", "page", "__init__", "__main__"),
     "optim": (
         *("rates", "schedules", "order", "steps", "adagrad", "from_optax", "penalties"),
@@ -185,7 +192,7 @@ def module_of(path: pathlib.Path) -> str:
 
 FILES = sorted(path for path in ROOT.rglob("*.py"))
 DOTTED = {module_of(path) for path in FILES}
-EMPTY = {"__init__", "channels", "compare.__main__", "report.__main__"}  # list nothing
+EMPTY = {"__init__", "channels", "launching", "compare.__main__", "report.__main__"}  # list nothing
 MODULES = [path for path in FILES if module_of(path) not in EMPTY]
 
 

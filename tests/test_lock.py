@@ -104,3 +104,36 @@ def test_a_lock_is_refreshed_and_a_lost_one_stops_the_run(tmp_path):
         with pytest.raises(OSError, match="taken over by somebody else"):
             still_mine()
     assert json.loads((tmp_path / lock.FILE).read_text())["run"] == "another"  # not ours to remove
+
+
+def test_the_next_attempt_takes_over_at_once_and_the_one_before_saves_nothing(tmp_path):
+    first, second = lock.Attempt("launch a", 1), lock.Attempt("launch a", 2)
+    with lock.held(tmp_path, attempt=first) as still_first:
+        still_first()
+        written_lock = json.loads((tmp_path / lock.FILE).read_text())
+        assert (written_lock["launch"], written_lock["number"]) == first
+        elsewhere = {**written_lock, "host": "elsewhere", "machine": "elsewhere"}
+        (tmp_path / lock.FILE).write_text(json.dumps(elsewhere))
+        with pytest.raises(lock.LockedError, match="in use by"):
+            lock.refuse(tmp_path)  # a run that no launcher started
+        with lock.held(tmp_path, attempt=second) as still_second:
+            still_second()
+            with pytest.raises(OSError, match="taken over by attempt 2"):
+                still_first()
+        with pytest.raises(OSError, match="taken over by attempt 2"):
+            still_first()  # also when the later one has ended
+    with (
+        pytest.raises(lock.LockedError, match="attempt 1 of launch a stops"),
+        lock.held(tmp_path, attempt=first),
+    ):
+        pass
+    with lock.held(tmp_path, attempt=lock.Attempt("launch b", 1)) as still_mine:
+        still_mine()
+
+
+def test_an_attempt_does_not_take_over_a_run_of_its_own(other, tmp_path):
+    with (
+        pytest.raises(lock.LockedError, match=f"process {other.pid}"),
+        lock.held(tmp_path, attempt=lock.Attempt("launch", 1)),
+    ):
+        pass

@@ -57,6 +57,19 @@ def test_every_host_loop_looks(asked):
             loop()
 
 
+def test_processes_that_agree_stop_at_the_same_check(monkeypatch):
+    agreed = iter([False, True])
+    monkeypatch.setattr(stopping, "_agreed", lambda: next(agreed))
+    stopping.request()
+    try:
+        stopping.check()  # the others have not come so far
+        stopping.check_here()
+        with pytest.raises(KeyboardInterrupt):
+            stopping.check()
+    finally:
+        stopping.clear()
+
+
 def test_a_result_is_waited_for():
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         assert stopping.result_of(pool.submit(lambda: time.sleep(0.6) or 3)) == 3

@@ -8,6 +8,7 @@ import pathlib
 
 from sparsity_jax.report.events import Writer
 from sparsity_jax.report.files import (
+    FAILED,
     METRICS,
     REPORT,
     continued,
@@ -21,6 +22,7 @@ from sparsity_jax.workdirs import ENVIRONMENT
 
 __all__ = [
     "ENVIRONMENT",
+    "FAILED",
     "METRICS",
     "REPORT",
     "Writer",

@@ -11,6 +11,7 @@ from sparsity_jax.types import AnyPath, Fields, Rows
 from sparsity_jax.workdirs import ENVIRONMENT
 
 __all__ = [
+    "FAILED",
     "METRICS",
     "REPORT",
     "continued",
@@ -25,6 +26,7 @@ __all__ = [
 METRICS = "metrics.jsonl"
 _OF_THE_START = ("command", "date")  # what a continued run does not change
 REPORT = "report.html"
+FAILED = "failed members"  # in the environment: by member why it failed, its log and its end
 
 
 def plain(value: Any) -> Any:

@@ -103,6 +103,7 @@ def write(
     told = json.dumps(files.plain([config, rows, environment or {}]), ensure_ascii=False)
     config, rows, environment = json.loads(told.encode(errors="replace"))  # of lone surrogates
     rows = completed(rows, config, environment)
+    failed = environment.pop(files.FAILED, {})
     with matplotlib.rc_context(draw.STYLE):
         sections = _sections_of(rows, imports.remembered(folder).get("stage", {}))
         drawings = _draw_all(figures, sections)
@@ -113,6 +114,7 @@ def write(
         rows=rows,
         sections=sections,
         drawings=drawings,
+        failed=failed,
         trees={"settings": _tree(config), "entries": _tree(environment)},
         command=environment.get("command") or [],
         works=_works(settings),
