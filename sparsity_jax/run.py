@@ -210,8 +210,6 @@ def _check_given(rest: list[str]) -> None:
             "error: --member runs one member here, --launcher all elsewhere; give one of them."
         )
     _check_launcher()
-    if _LAUNCHER.value is not None and flags.FLAGS["distributed"].value != "off":
-        sys.exit("error: --distributed is one run on all processes; --launcher needs one process.")
     if not (_WORKDIR.value or _DESCRIBE.value):
         state = "missing" if _WORKDIR.value is None else "empty"
         sys.exit(f"error: --workdir is {state}; name a folder.")
