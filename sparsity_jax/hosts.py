@@ -124,7 +124,7 @@ def begin(place: watch.Place, limits: watch.Limits) -> None:
         why = f"but no scheduler tells the processes here ({tables.reason_of(error)})"
         allowed = "HOST:PORT,NUMBER,RANK"
         raise ConfigError("--distributed", "auto", why=why, allowed=allowed) from None
-    watch.note(watch.STARTING)
+    watch.note(watch.BUSY)
     jax.monitoring.register_event_duration_secs_listener(_note_compiling)
     stopping.agree_by(_all_stop)
 
@@ -161,7 +161,7 @@ def give_up() -> None:
 def _note_compiling(event: str, *_: Any, **__: Any) -> None:
     """Compilation begins when a program is lowered."""
     if event == _LOWERED:
-        watch.note(watch.COMPILING)
+        watch.note(watch.BUSY)
     elif event == _COMPILED:
         watch.note(watch.STEP)
 
@@ -254,7 +254,7 @@ def together() -> Iterator[None]:
     if not several():
         yield
         return
-    watch.note(watch.STARTING)
+    watch.note(watch.BUSY)
     try:
         yield
     except Exception:

@@ -309,8 +309,10 @@ import tiny
 from ml_collections import config_dict
 
 def get_config():
-    made = tiny.config('fit', checkpoint_seconds=0.5, steps_per_call=1)
-    made['fit'].update(epochs=EPOCHS, evaluate_every=EPOCHS)
+    digits = dict(name='digits', train_limit=1024, test_limit=50)
+    made = tiny.config('fit', data=digits, checkpoint_seconds=0.5, steps_per_call=1)
+    gentle = dict(tiny.SGD, learning_rate=0.001)  # rounding does not grow
+    made['fit'].update(epochs=EPOCHS, batch_size=4, evaluate_every=EPOCHS, optimizer=gentle)
     return config_dict.ConfigDict(made)
 """
 
@@ -324,7 +326,7 @@ def begin_run(folder: pathlib.Path, epochs: int, **seconds) -> list[subprocess.P
     common = ("-m", "sparsity_jax.run", "--config", config, "--workdir", folder / "run", *limits)
     processes = [start(*common, f"--distributed={place},2,{rank}") for rank in range(2)]
     until = time.monotonic() + 200
-    while not (folder / "run" / "checkpoints" / "2").is_dir():
+    while not (folder / "run" / "checkpoints" / "1").is_dir():
         if time.monotonic() > until or any(process.poll() is not None for process in processes):
             pytest.fail(str(results(processes)))
         time.sleep(0.1)
@@ -332,14 +334,14 @@ def begin_run(folder: pathlib.Path, epochs: int, **seconds) -> list[subprocess.P
 
 
 def test_a_signal_to_one_saves_and_ends_all_and_one_process_goes_on(tmp_path):
-    processes = begin_run(tmp_path, 2000)
+    processes = begin_run(tmp_path, 12)
     processes[1].send_signal(signal.SIGTERM)
     done = results(processes)
     assert [code for code, _ in done] == [130, 130], done
     assert all("interrupted" in text for _, text in done)
     config = tiny.module(str(tmp_path / "long.py")).get_config()
     saved = checkpoint.newest(tmp_path / "run")
-    assert 0 < len(saved.progress.rows) < 2000
+    assert saved.progress.begun
     goes_on = pipeline.run(config, tmp_path / "run")
     alone = pipeline.run(config, tmp_path / "alone")
     assert goes_on.rows[: len(saved.progress.rows)] == saved.progress.rows
