@@ -24,6 +24,8 @@ QUICKLY = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passe
 thorough = pytest.mark.skipif(
     not os.environ.get("SPARSITY_JAX_HOSTS"), reason="takes long: with SPARSITY_JAX_HOSTS=1"
 )
+PACKAGE = pathlib.Path(hosts.__file__).parent.parent  # first: it may be a copy with a fault
+PATHS = os.pathsep.join(map(str, (PACKAGE, tiny.ROOT, tiny.ROOT / "tests")))
 CLOSE = 1e-5  # largest relative difference between one process and several
 
 
@@ -36,7 +38,7 @@ def address() -> str:
 
 def start(*arguments, **options) -> subprocess.Popen:
     """A Python process with one CPU device."""
-    environment = {**os.environ, "XLA_FLAGS": QUICKLY, "PYTHONPATH": str(tiny.ROOT)}
+    environment = {**os.environ, "XLA_FLAGS": QUICKLY, "PYTHONPATH": PATHS}
     return subprocess.Popen(
         [sys.executable, *map(str, arguments)],
         cwd=tiny.ROOT,
@@ -385,7 +387,7 @@ def test_the_page_is_true(tmp_path):
     command = block.replace("sparsity-jax run", python).replace(
         " --distributed", f" {few} --distributed"
     )
-    environment = {**os.environ, "XLA_FLAGS": QUICKLY, "PYTHONPATH": str(tiny.ROOT)}
+    environment = {**os.environ, "XLA_FLAGS": QUICKLY, "PYTHONPATH": PATHS}
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, check=False)
     assert done.returncode == 0
     rows = report.read_rows(tmp_path / "runs" / "two" / report.METRICS)
