@@ -52,7 +52,9 @@ _SEEN_SECONDS = 15.0  # after which a file must be seen by other hosts
 _LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 _LOOPBACK = ("localhost", "127.0.0.1")
-_BROKEN = "(?i)gloo|nccl|connection|socket closed|unavailable"  # in an error of a collective
+_BROKEN = (
+    "(?i)gloo|nccl|connection|socket closed|unavailable|barrier"  # in an error of a collective
+)
 _RINGS = -1
 _PADDED = 1024  # bytes that texts fill up, so that few programs gather them
 _PASSED = 10_000  # calls
@@ -124,7 +126,7 @@ def begin(place: watch.Place, limits: watch.Limits) -> None:
         why = f"but no scheduler tells the processes here ({tables.reason_of(error)})"
         allowed = "HOST:PORT,NUMBER,RANK"
         raise ConfigError("--distributed", "auto", why=why, allowed=allowed) from None
-    watch.note(watch.STARTING)
+    watch.note(watch.BUSY)
     jax.monitoring.register_event_duration_secs_listener(_note_compiling)
     stopping.agree_by(_all_stop)
 
@@ -141,19 +143,18 @@ def end(*, told: bool = False) -> None:
             jax.distributed.shutdown()
 
 
-def give_up() -> None:
-    """After an exception that nobody expected, to be called where it is handled: ends this
-    process, if it is one of several.
+def give_up(error: Exception) -> None:
+    """After an error that nobody expected, to be called where it is handled: ends this process, if
+    it is one of several.
 
     Where a connection to another one broke, it waits for the runtime, which soon knows which one is
     lost and says so, see `watch`.
     """
     if not several():
         return
-    text = traceback.format_exc()
-    if re.search(_BROKEN, text.strip().splitlines()[-1]):
+    if re.search(_BROKEN, str(error)):
         time.sleep(_lost_seconds + _LEAVING_SECONDS)
-    sys.stderr.write(text)
+    sys.stderr.write("".join(traceback.format_exception(error)))
     end(told=True)
     os._exit(1)
 
@@ -161,7 +162,7 @@ def give_up() -> None:
 def _note_compiling(event: str, *_: Any, **__: Any) -> None:
     """Compilation begins when a program is lowered."""
     if event == _LOWERED:
-        watch.note(watch.COMPILING)
+        watch.note(watch.BUSY)
     elif event == _COMPILED:
         watch.note(watch.STEP)
 
@@ -254,7 +255,7 @@ def together() -> Iterator[None]:
     if not several():
         yield
         return
-    watch.note(watch.STARTING)
+    watch.note(watch.BUSY)
     try:
         yield
     except Exception:

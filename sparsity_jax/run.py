@@ -341,8 +341,8 @@ def main(argv: list[str]) -> None:
         sys.stderr.write(f"interrupted: the same command continues {workdir}\n")
         hosts.end(told=True)
         os._exit(130)  # orbax and jax threads would otherwise delay the exit
-    except Exception:
-        hosts.give_up()
+    except Exception as error:
+        hosts.give_up(error)
         raise
 
 

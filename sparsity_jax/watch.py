@@ -24,7 +24,7 @@ from sparsity_jax.tables import ConfigError
 
 __all__ = [
     "AUTOMATIC",
-    "COMPILING",
+    "BUSY",
     "JOINING",
     "STARTING",
     "STEP",
@@ -47,15 +47,15 @@ _KEPT = 400  # lines of the runtime's log that are remembered
 _INTERRUPTED = 130  # exit code
 
 # What a child notes, one byte each
-STARTING = b"s"  # data is loaded, or a report written
+STARTING = b"s"
 JOINING = b"j"  # the other processes are waited for
-COMPILING = b"c"
+BUSY = b"b"  # a program is compiled, data loaded, or a report written
 STEP = b"."  # a piece of work is done
 TOLD = b"t"  # it has said why it ends
 _ALIVE = b"a"  # it is not stopped
 _MARKS = TOLD + _ALIVE  # what it may note beside what it does
 _ALIVE_SECONDS = 0.5  # between two such notes
-_LONG = (STARTING, COMPILING)  # what may take long
+_LONG = (STARTING, BUSY)  # what may take long
 
 
 class Place(NamedTuple):
@@ -250,7 +250,7 @@ class _Watch:
     def _hand_on(self, *_: Any) -> None:
         """A signal: the first one asks the run to save and end, the second ends it at once."""
         self._asked += 1
-        working = self._doing in (STEP, COMPILING)
+        working = self._doing in (STEP, BUSY)
         number = signal.SIGTERM if working and self._asked == 1 else signal.SIGKILL
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._child.pid, number)
