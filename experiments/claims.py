@@ -1,4 +1,5 @@
-"""Writes the measured numbers of README.md, docs/studies.md and the ledger, from rows kept here.
+"""Writes the measured numbers of README.md, of two pages in docs and of the ledger, from rows kept
+here.
 
     python experiments/claims.py            replaces every number that differs from its rows
     python experiments/claims.py --check    only says which differ, and then exits with 1
@@ -9,12 +10,13 @@ found literally.
 """
 
 import argparse
+import importlib.util
 import json
 import pathlib
 import re
 import sys
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sparsity_jax import compare, report
 from sparsity_jax.report import sections, series, summary
@@ -22,6 +24,16 @@ from sparsity_jax.report import sections, series, summary
 HERE = pathlib.Path(__file__).resolve().parent
 README, LEDGER = HERE.parent / "README.md", HERE / "LEDGER.md"
 PAGE = HERE.parent / "docs" / "studies.md"
+SCALE = HERE.parent / "docs" / "scale.md"
+SCALED = {  # programs that it tells the numbers of
+    "training": "a step of training",
+    "product": "a product with the Hessian",
+    "curve": "a curve",
+    "masks": "masks of all arrays as one",
+    "sfw": "two updates of `sfw`",
+    "adagrad_sfw": "two updates of `adagrad_sfw`",
+    "Lanczos, full": "four steps of Lanczos, `full`",
+}
 NUMBER = r"\d[\d.,]*(?: ± \d[\d.,]*)?"
 ROWS_LINK = r"\(\[rows\]\(([^)\s]+)\)\)"  # in the ledger, behind the numbers of a run
 STOPS = (0.5, 0.7, 0.8, 0.9, 0.95)  # ratios of a curve that a filled row tells
@@ -255,6 +267,60 @@ def growing() -> list[Claim]:
     ]
 
 
+def at_scale() -> list[Claim]:
+    """Of the page on scale: what was measured on 8 devices, and what formulas predict."""
+    formulas = _formulas()
+    rows = json.loads((HERE / "scale" / "scale.json").read_text(encoding="utf-8"))["rows"]
+    on_eight = {row["algorithm"]: row for row in rows if row["devices"] == 8}
+    claims = []
+    for name, told in SCALED.items():
+        row = on_eight[name]
+        expected = formulas.expected(name, formulas.MEASURED, 8)
+        numbers = sum(row["exchanged"].values()), expected.exchanged, row["held"]
+        shown = [f"{number / 1e3:,.1f}" for number in numbers]
+        claims.append(Claim(SCALE, f"| {told} | {{}} | {{}} | {{}} |", shown))
+    share = on_eight["adagrad_sfw"]["temporary"] / (4 * formulas.MEASURED.entries / 8)
+    small, large = formulas.PREDICTED.values()
+    return [
+        *claims,
+        Claim(SCALE, "up to {} times the parameters'", [f"{share:.0f}"]),
+        Claim(
+            SCALE,
+            "per step: arithmetic {} ms, exchange\n{} ms, an update of `sfw` {} ms more. Each GPU "
+            "holds {} MB of",
+            [
+                *(f"{1e3 * x:.1f}" for x in (small.compute, small.exchange, small.update)),
+                f"{small.state / 1e6:.0f}",
+            ],
+        ),
+        Claim(
+            SCALE,
+            "per step: arithmetic {} s, exchange {} s, an\nupdate of `sfw` {} ms more, whose "
+            "counts are {} kB. Each GPU holds {} GB of",
+            [
+                *(f"{x:.1f}" for x in (large.compute, large.exchange, 1e3 * large.update)),
+                f"{large.counts / 1e3:.0f}",
+                f"{large.state / 1e9:.1f}",
+            ],
+        ),
+        Claim(
+            SCALE,
+            "momentum, and\n{} GB for the largest array while it is used. The basis of 64 Lanczos "
+            "vectors takes {} GB of each, and the exchange of a\nproduct with the Hessian {} s.",
+            [f"{large.whole / 1e9:.1f}", f"{large.basis / 1e9:.0f}", f"{large.product:.1f}"],
+        ),
+    ]
+
+
+def _formulas() -> Any:
+    """The module beside the measured bytes."""
+    path = HERE / "scale" / "formulas.py"
+    spec: Any = importlib.util.spec_from_file_location("formulas", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def told_line(line: summary.Summary, several: bool) -> tuple[str, list[str]]:
     """Text and numbers of one line of a comparison, which is named if there are several."""
     texts = {
@@ -326,6 +392,7 @@ STUDIES: tuple[Callable[[], list[Claim]], ...] = (
     cifar_limit,
     gradient_flow,
     growing,
+    at_scale,
     filled,
 )
 

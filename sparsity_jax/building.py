@@ -166,8 +166,7 @@ def check_size(problem: Problem, name: str) -> None:
     if empty:
         too_large = "it is too large for them"
         raise ConfigError("", why=f"{what} has nothing in {empty[0]}: {too_large}")
-    leaves = jax.tree.leaves(variables["params"])
-    needed = 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)  # with gradients
+    needed = 2 * train.bytes_of(problem, variables["params"])  # with gradients
     weights = f"{trees.size(variables['params']):,} weights"
     train.check_memory(needed, f"{what} has {weights}, which with their gradients")
 

@@ -521,7 +521,8 @@ class Spectrum(TrainingLoss):
         shapes = train.shapes_of(problem)
         trees.matching(shapes, self.parameters, "parameters")
         if self.reorthogonalize == "full":
-            basis = 4 * self.num_matvecs * trees.size(shapes)
+            wide = tree_map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), shapes)
+            basis = self.num_matvecs * train.bytes_of(problem, wide)
             with tables.blaming("num_matvecs", self.num_matvecs):
                 train.check_memory(basis, "whose basis")
 

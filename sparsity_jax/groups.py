@@ -430,14 +430,21 @@ def _masked(variables: PyTree, channels: Channels, keep: Keep) -> PyTree:
 
 
 def compact(variables: PyTree, channels: Channels, keep: Keep) -> PyTree:
-    """`variables` without removed channels, for `elastic`; arguments as for `mask`, keep known."""
+    """`variables` without removed channels, for `elastic`; arguments as for `mask`, keep known.
+
+    Of arrays that devices have shares of one is gathered at a time; what is left is divided along
+    the same axes where its size allows it.
+    """
     _check_tied(channels)
     alive = channels.alive(keep)
     inputs = channels.inputs
 
     def cut(leaf: Any, members: Members) -> Any:
         _, member = members[0]
-        return alive.cut(leaf, inputs[member.path])
+        if not isinstance(leaf, jax.Array):
+            return alive.cut(leaf, inputs[member.path])
+        small = alive.cut(trees.gathered(leaf), inputs[member.path])
+        return trees.divided_along(small, leaf)
 
     return _map(cut, variables, channels)
 

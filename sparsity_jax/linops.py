@@ -51,6 +51,7 @@ __all__ = [
     "LanczosState",
     "Matvec",
     "Pair",
+    "Rows",
     "Trace",
     "Tridiagonal",
     "border_for",
@@ -263,8 +264,7 @@ class LanczosState(NamedTuple):
 
     current: the unit vector to multiply next, in the structure of the start vector, and the one
     before it. basis: all of them, flat, as rows: a tuple of arrays [chunks, rows, entries], a NumPy
-    matrix on the host, or None. Of arrays that devices have shares of: a tuple of tuples, with an
-    array [rows, ...] for each of them.
+    matrix on the host, or None. Of arrays that devices have shares of: a tuple of `Rows`.
     """
 
     step: Array
@@ -408,6 +408,12 @@ class _OnDevice:
         return array.astype(self.dtype or array.dtype)
 
 
+class Rows(NamedTuple):
+    """Vectors that devices have shares of. each: a tree like the start vector, of [rows, ...]."""
+
+    each: PyTree
+
+
 @dataclasses.dataclass(frozen=True)
 class _Divided(_OnDevice):
     """Keeps rows of every array for itself, [rows, ...], so that devices keep their shares: only
@@ -425,36 +431,37 @@ class _Divided(_OnDevice):
         return vector
 
     def pieces(self, vector: PyTree) -> PyTree:
-        return tuple(tree_leaves(vector))
+        return Rows(vector)
 
     def whole(self, pieces: PyTree, like: PyTree) -> PyTree:
-        return tree_unflatten(tree_structure(like), pieces)
+        del like
+        return pieces.each
 
     def first_row(self, piece: Array, is_first: ndarray) -> Array:
         is_first = is_first.reshape(-1, *[1] * piece.ndim)
         return jnp.where(is_first, piece, 0)
 
     def coefficients(self, block: PyTree, pieces: PyTree) -> Array:
-        return functools.reduce(jnp.add, map(_products, block, pieces))
+        products = map(_products, tree_leaves(block), tree_leaves(pieces))
+        return functools.reduce(jnp.add, products)
 
     def without(self, pieces: PyTree, part: Array, block: PyTree) -> PyTree:
         less = lambda piece, rows: piece - jnp.tensordot(part, rows, 1, precision=FULL)
         return tree_map(less, pieces, block)
 
     def mixed(self, mixing: ndarray, basis: Blocks, like: PyTree) -> PyTree:
-        total: Any = (0,) * len(basis[0])
+        parts = []
         for block in basis:
-            rows = self._rows(block)
-            used = mixing[:rows].T
-            add = lambda sums, own, used=used: (
-                sums
-                + jnp.tensordot(
-                    jnp.asarray(used, own.dtype), own[: used.shape[1]], 1, precision=FULL
-                )
-            )
-            total = tuple(map(add, total, block))
-            mixing = mixing[rows:]
-        return self.whole(total, like)
+            filled = self._rows(block)
+            parts.append(tree_map(partial(_combined, mixing[:filled]), block.each))
+            mixing = mixing[filled:]
+        return tree_map(lambda *own: functools.reduce(jnp.add, own), *parts)
+
+
+def _combined(mixing: ndarray, rows: Array) -> Array:
+    """Combinations of the first rows of [rows, ...], a column of `mixing` each."""
+    columns = jnp.asarray(mixing.T, rows.dtype)
+    return jnp.tensordot(columns, rows[: len(mixing)], 1, precision=FULL)
 
 
 def _products(rows: Array, piece: Array) -> Array:
@@ -604,7 +611,7 @@ class Lanczos:
         _check_like(product, current, "the product", "the start vector")
         divided = _is_divided(current) and not self.in_host_memory
         if rows is not None and not self.in_host_memory:
-            divided = isinstance(rows[0], tuple)  # as it was begun
+            divided = isinstance(rows[0], Rows)  # as it was begun
         fit = trees.divided_like if divided else lambda leaf, _: trees.gathered(leaf)
         product = tree_map(fit, product, current)
         if self.in_host_memory:
@@ -782,7 +789,7 @@ def top_eigenpairs(
         top = order[:num]
         mixing = mixing[:, top]
         residuals = betas[-1] * np.abs(mixing[-1])
-        basis: Any = method.basis(divided=isinstance(state.basis[0], tuple))
+        basis: Any = method.basis(divided=isinstance(state.basis[0], Rows))
         vectors = basis.mixed(mixing, state.basis, state.current)
         return Eigenpairs(values[top], vectors, residuals)
 

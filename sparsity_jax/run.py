@@ -210,15 +210,21 @@ def _check_given(rest: list[str]) -> None:
             "error: --member runs one member here, --launcher all elsewhere; give one of them."
         )
     _check_launcher()
-    if _LAUNCHER.value is not None and flags.FLAGS["distributed"].value != "off":
-        sys.exit("error: --distributed is one run on all processes; --launcher needs one process.")
     if not (_WORKDIR.value or _DESCRIBE.value):
         state = "missing" if _WORKDIR.value is None else "empty"
         sys.exit(f"error: --workdir is {state}; name a folder.")
 
 
 def _check_launcher() -> None:
-    """Ends the process where what is for a launcher is given without one."""
+    """Ends the process where what is for a launcher is given without one, or a launcher with what
+    it cannot launch.
+    """
+    distributed = flags.FLAGS["distributed"].value
+    if _LAUNCHER.value is not None and distributed != "off":
+        sys.exit(
+            "error: --distributed is one run on several processes, --launcher hands its members to "
+            "workers; give one of them."
+        )
     given = {
         "--resources": _RESOURCES.value,
         "--ray-address": _RAY_ADDRESS.value,

@@ -440,5 +440,5 @@ def _rows(values: Array, member: Member) -> Array:
             f"axis {member.axis} of {member.path!r} has {size} entries; the group's index exceeds "
             "them."
         )
-    first = jnp.moveaxis(values, member.axis, 0)
+    first = jnp.moveaxis(trees.gathered(values), member.axis, 0)
     return first[index].reshape(len(index), -1)

@@ -65,6 +65,11 @@ class SfwInit(Stage):
     def check_network(self, problem: Problem, visits: int) -> None:
         train.check_batch(self, problem)
         train.check_recipe(self.recipe, problem)
+        if problem.division is not None:
+            halves = 2 * problem.division.mesh.size
+            if self.batch_size % halves:
+                allowed = f"multiples of {halves}, twice the devices"
+                raise tables.ConfigError("batch_size", self.batch_size, allowed=allowed)
 
     def together(self) -> tuple:
         same = dataclasses.replace(self, constraint=Options(), learning_rate=1.0)

@@ -5,6 +5,7 @@ members share a program puts a leading axis on both and maps the step over it; `
 only place that knows.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -55,6 +56,7 @@ __all__ = [
     "begin",
     "begin_members",
     "build_problem",
+    "bytes_of",
     "check_batch",
     "check_finite",
     "check_memory",
@@ -390,6 +392,18 @@ def on_host(problem: Problem) -> bool:
     XLA's CPU backend compiles convolution gradients inside a scan to a naive loop.
     """
     return convolves(shapes_of(problem)) and jax.default_backend() == "cpu"
+
+
+def bytes_of(problem: Problem, tree: PyTree) -> int:
+    """Bytes of arrays, or shape structs, on one device, where parameters and what has their paths
+    and shapes are divided; on all devices where they share the memory of the host.
+    """
+    leaves = jax.tree.leaves(tree)
+    shapes = [leaf.shape for leaf in leaves]
+    if problem.division is not None and jax.default_backend() != "cpu":
+        own = jax.tree.leaves(problem.shardings(tree))
+        shapes = [sharding.shard_shape(shape) for sharding, shape in zip(own, shapes)]
+    return sum(math.prod(shape) * leaf.dtype.itemsize for shape, leaf in zip(shapes, leaves))
 
 
 def check_memory(needed: int, what: str) -> None:

@@ -1,6 +1,8 @@
 """Pytrees by name: paths of leaves, rules on paths, inner products and norms."""
 
 import functools
+import itertools
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -31,6 +33,7 @@ __all__ = [
     "check_finite",
     "check_parameters",
     "check_pattern",
+    "divided_along",
     "divided_like",
     "division",
     "dot",
@@ -365,6 +368,24 @@ def divided_like(x: Array, like: Any) -> Array:
         x = lax.with_sharding_constraint(x, jax.sharding.NamedSharding(sharding.mesh, free))
         x, _ = shard_alike(x, like)
     return x
+
+
+def divided_along(x: Array, like: Array) -> Array:
+    """`x` divided along the axes that divide `like`, of as many axes, where their lengths in `x`
+    allow it; as it is where the compiler chooses how `like` is divided.
+    """
+    traced = isinstance(like, jax.core.Tracer)
+    if not may_be_divided(like) or (traced and _automatic(like)):
+        return x
+    sharding = jax.typeof(like).sharding if traced else like.sharding
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        return x
+    names = []
+    for length, name in itertools.zip_longest(x.shape, sharding.spec):
+        parts = [sharding.mesh.shape[own] for own in np.ravel(name) if own is not None]
+        names.append(None if length % math.prod(parts) else name)
+    wanted = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*names))
+    return jax.sharding.reshard(x, wanted) if traced else jax.device_put(x, wanted)
 
 
 def zeros_like(x: Array, dtype: Any = None) -> Array:

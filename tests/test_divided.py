@@ -15,12 +15,12 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from numpy.random import default_rng
 from numpy.testing import assert_allclose, assert_array_equal
 
-from sparsity_jax import platforms
+from sparsity_jax import groups, linops, platforms, polytopes, spectrum, trees
 
 pytestmark = pytest.mark.usefixtures("eight_devices")
 ALGORITHMS = tiny.module("experiments/scale/algorithms.py")
 COLLECTIVES = tiny.module("experiments/scale/collectives.py")
-EVERY = ALGORITHMS.OF_WEIGHTS | ALGORITHMS.OF_UNITS
+EVERY = ALGORITHMS.EVERY
 SHAPES = {"conv": {"kernel": (3, 3, 8, 32)}, "fc": {"kernel": (64, 16), "bias": (5,)}}
 UNITS = 32 + 16  # filters of both kernels
 EXPLICIT = ("masks", "adagrad_sfw", "Lanczos, full", "traces", *ALGORITHMS.OF_UNITS)
@@ -110,3 +110,51 @@ def test_two_explicit_axes(name, alone):
     mesh = jax.make_mesh((4, 2), ("x", "y"), (AxisType.Explicit,) * 2)
     with platforms.using("together"), jax.set_mesh(mesh):
         check_algorithm(name, mesh, alone)
+
+
+def applied(variables, x):
+    layers = variables["params"]
+    options = dict(
+        window_strides=(1, 1), padding="SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    hidden = jax.lax.conv_general_dilated(x, layers["conv"]["kernel"], **options)
+    means = jax.nn.relu(hidden).mean((1, 2))
+    return jnp.concatenate([means, means], -1) @ layers["fc"]["kernel"]
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_removed_channels_are_cut_out_of_shares(kind):
+    mesh = jax.make_mesh((8,), ("x",), (kind,))
+    variables = {"params": network(0)}
+    shares = divided(variables, mesh)
+    channels = groups.trace(applied, variables, jnp.zeros((1, 2, 2, 8)))
+    (name,) = (name for name, group in channels.groups.items() if group.size == 32)
+    keep = {name: np.arange(32) % 4 > 0}
+    with jax.set_mesh(mesh):
+        small, masked = (cut(shares, channels, keep) for cut in (groups.compact, groups.mask))
+    tiny.same(small, groups.compact(variables, channels, keep))
+    tiny.same(masked, groups.mask(variables, channels, keep))
+    check_divided(masked, mesh)
+    for leaf in (small["params"]["conv"]["kernel"], small["params"]["fc"]["kernel"]):
+        assert leaf.sharding.spec == spec_of(leaf.shape, mesh)
+
+
+def test_sets_vectors_and_eigenvectors_of_shares():
+    mesh = jax.make_mesh((8,), ("x",), (AxisType.Auto,))
+    params = network(0)
+    shares = divided(params, mesh)
+    found = polytopes.for_params(shares, k_frac=0.2)
+    wanted = polytopes.for_params(params, k_frac=0.2)
+    jax.tree.map(lambda a, b: assert_allclose(a, b, rtol=1e-5), found, wanted)
+    drawn = linops.rademacher(jax.random.key(0), shares)
+    row = spectrum.one_hot(trees.named_leaves(shares), "fc/kernel", (3, 4))
+    check_divided((drawn, row), mesh)
+    assert row["fc/kernel"][3, 4] == 1
+    assert sum(float(trees.absolute_sum(leaf)) for leaf in row.values()) == 1
+    find = linops.top_eigenpairs(2, 6)
+    pairs = [find(ALGORITHMS.diagonal(tree), drawn) for tree in (shares, params)]
+    assert_allclose(pairs[0].values, pairs[1].values, rtol=1e-5)
+    kernel = pairs[0].vectors["conv"]["kernel"]
+    assert not kernel.sharding.is_fully_replicated
+    shortest = [trees.norm(jax.tree.map(lambda leaf: leaf[0], each.vectors)) for each in pairs]
+    assert_allclose(shortest, 1, rtol=1e-4)

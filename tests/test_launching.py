@@ -96,12 +96,13 @@ def test_changes_of_a_folder_arrive_as_they_were_written(tmp_path):
     checkpoint(there, 1)
     (there / "metrics.jsonl").write_text("1\n")
     (there / "run.lock").write_text("mine")
+    (there / ".metrics.jsonl.0123").write_text("part")
     (there / "checkpoints" / ".writing_2").mkdir()
     (there / "checkpoints" / ".writing_2" / "part").write_text("x")
     source = mirror.Source(there)
     mirror.apply(here, source.changes())
     assert workdirs.newest(here).progress.stage == 1
-    assert not (here / "run.lock").exists()
+    assert sorted(os.listdir(here)) == ["checkpoints", "metrics.jsonl"]
     assert os.listdir(here / "checkpoints") == ["1"]
     assert not source.changes().files
     checkpoint(there, 2)
@@ -110,6 +111,8 @@ def test_changes_of_a_folder_arrive_as_they_were_written(tmp_path):
     changes = source.changes()
     assert not any(name.startswith("checkpoints/1/") for name in changes.files)
     mirror.apply(here, changes)
+    assert workdirs.numbers_in(here / "checkpoints") == [2]
+    mirror.apply(here, mirror.Changes({}, []))  # of a worker that has only begun
     assert workdirs.numbers_in(here / "checkpoints") == [2]
     assert (here / "metrics.jsonl").read_text() == "1\n2\n"
 
@@ -158,7 +161,7 @@ class Hand:
         self.ended = True
 
 
-def dispatched(tmp_path, every, make, room=2, retries=1):
+def dispatched(tmp_path, every, make, room=2, retries=1, fetches=False):
     """The hands of a launch that has ended."""
     hands = []
 
@@ -166,7 +169,8 @@ def dispatched(tmp_path, every, make, room=2, retries=1):
         hands.append(make(len(hands)))
         return hands[-1]
 
-    places = [dispatch.Place(tmp_path / task.name, dict(seed=task.index)) for task in every]
+    config = dict(pipeline=["fit"])
+    places = [dispatch.Place(tmp_path / task.name, config) for task in every]
     try:
         dispatch.Dispatch(
             every,
@@ -175,7 +179,7 @@ def dispatched(tmp_path, every, make, room=2, retries=1):
             room=lambda: room,
             launch="now",
             retries=retries,
-            fetches=False,
+            fetches=fetches,
             still_mine=lambda: None,
             greeted=lambda environment: None,
         ).run()
@@ -217,6 +221,14 @@ def test_a_lost_worker_is_replaced_as_often_as_was_said(tmp_path):
     assert every[0].state == "failed"
     assert "lost 2 times, at last: 'the node is gone'" in every[0].sentence
     assert every[1].state == "done"
+
+
+def test_a_member_whose_last_files_do_not_arrive_is_not_done(tmp_path):
+    every = some_tasks("waiting", "waiting")
+    checkpoint(tmp_path / "member 1", 1)
+    dispatched(tmp_path, every, lambda number: Hand(done), fetches=True)
+    assert [task.state for task in every] == ["failed", "done"]
+    assert "its last files did not arrive" in every[0].sentence
 
 
 def test_a_worker_that_cannot_begin_is_left_out_and_none_at_all_is_an_error(tmp_path, capsys):
@@ -277,6 +289,10 @@ def test_a_worker_runs_members_as_one_process_does(sweep, tmp_path):
     poisoned = unseen.run(0, attempt, None)
     assert poisoned.state == "failed"
     assert poisoned.diverged
+    full = lambda *_: os.link(tmp_path / "none", tmp_path / "there")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "run_plan", full)
+        assert "No such file" in unseen.run(1, attempt, None).sentence  # any OSError
     assert "not finite" in poisoned.sentence
     mirror.apply(every[0].folder, unseen.news())
     assert unseen.run(1, attempt, None).state == "done"

@@ -1,5 +1,6 @@
 """Named axes of devices: batches over all of them, parameters and what is as large over one."""
 
+import json
 import re
 from functools import partial
 
@@ -64,6 +65,11 @@ MISTAKES = {
         dict(fit=pipeline.stage("train", epochs=1, batch_size=12, optimizer=tiny.SGD)),
         "config.fit.batch_size",
         12,
+    ),
+    "a batch that scales are learned from": (
+        dict(pipeline=("learn",), learn=pipeline.stage("sfw_init", batch_size=24)),
+        "config.learn.batch_size",
+        24,
     ),
     "a batch of evaluations": (dict(eval_batch_size=50), "config.eval_batch_size", 50),
 }
@@ -164,6 +170,27 @@ def test_a_step_gathers_one_layer_at_a_time():
     assert sum(reduced) <= over_params + over_params / AXES["params"] + whole
     assert not sizes["all-to-all"]
     assert compiled.memory_analysis().temp_size_in_bytes < 3 * layer
+    prune = tiny.settings("prune", ratio=0.5)
+    select = prune.pruned(problem, 0).lower(state, prune.counts(problem, 0.5)).compile()
+    assert max(exchanged(select.as_text())["all-reduce"]) < layer / 16  # counts
+    assert "all-gather" not in select.as_text()
+
+
+def test_the_documented_step_on_tpus_is_what_was_measured():
+    """And within what a step may gather, P in bfloat16 twice, and sum: P, then its shares."""
+    measured = json.loads((tiny.ROOT / "experiments/scale/tpu.json").read_text(encoding="utf-8"))
+    page = (tiny.ROOT / "docs/many_devices.md").read_text(encoding="utf-8")
+    assert all(f"{name} {version}" in page for name, version in measured["versions"].items())
+    fields = ("state", "temporary", "gathers", "largest_gather", "gathered", "reduced")
+    whole = measured["rows"][0]["reduced"]
+    for row in measured["rows"]:
+        axes = ", ".join(f"{name}={number}" for name, number in row["mesh"].items())
+        numbers = [row[name] if name == "gathers" else f"{row[name] / 1e6:.1f}" for name in fields]
+        assert f"| `dict({axes})` | {' | '.join(map(str, numbers))} |" in page
+        divided = "params" in row["mesh"]
+        assert row["gathered"] <= divided * whole
+        shares = whole / row["mesh"]["params"] if {"data", "params"} == {*row["mesh"]} else 0
+        assert row["reduced"] <= whole + shares + 1e5
 
 
 def test_the_first_networks_are_made_divided():
@@ -175,6 +202,15 @@ def test_the_first_networks_are_made_divided():
     state = compiled(keys, ())
     kernel = state.masks["dense1"]["kernel"]
     assert kernel.addressable_shards[0].data.shape == (2, 64, 16)
+
+
+def test_the_memory_of_a_device_has_to_hold_its_share(monkeypatch):
+    problem = tiny.problem(widths=(64,), mesh=AXES, eval_batch_size=16)
+    shapes = train.shapes_of(problem)
+    kernel, others = 4 * 64 * 64, 4 * (64 + 640 + 10)
+    assert train.bytes_of(problem, shapes) == kernel + others  # of one memory for all devices
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert train.bytes_of(problem, shapes) == kernel / 4 + others
 
 
 # Runs ---------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -219,7 +220,14 @@ def test_a_node_that_is_lost_and_a_member_that_diverges(cluster, alone, tmp_path
     assert "NonFiniteLossError" in failed["member 1"]["end"]
 
 
-def test_a_command_that_is_ended_and_started_again(cluster, alone, tmp_path):
+@pytest.fixture
+def short_folder():
+    """A temporary folder whose name is short enough for Ray's sockets."""
+    with tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as folder:
+        yield folder
+
+
+def test_a_command_that_is_ended_and_started_again(cluster, alone, tmp_path, short_folder):
     """First by SIGTERM, then by SIGKILL on a cluster of its own, of which nothing is left."""
     workdir = tmp_path / "run"
     file = tmp_path / "mine.py"
@@ -229,7 +237,7 @@ def test_a_command_that_is_ended_and_started_again(cluster, alone, tmp_path):
     words += ["--workdir", str(workdir), "--config.checkpoint_seconds=0.0"]
 
     def begin(*more):
-        environment = {**os.environ, "PYTHONPATH": str(tiny.ROOT), "TMPDIR": "/tmp"}
+        environment = {**os.environ, "PYTHONPATH": str(tiny.ROOT), "TMPDIR": short_folder}
         with open(tmp_path / "told", "a") as told:
             options = dict(cwd=tmp_path, stderr=told, stdin=subprocess.DEVNULL, env=environment)
             return subprocess.Popen([*words, *more], **options)

@@ -296,6 +296,14 @@ MISTAKES = {  # workdir, arguments, words of the message
         ["README.md is a file; use another --workdir"],
     ),
     "forgotten dashes": ("a", ["config.seed=1"], {}, ["'config.seed=1' is no flag"]),
+    "resources without a launcher": ("a", ["--resources=gpu=1"], {}, ["--launcher=ray"]),
+    "a member on workers": ("a", ["--launcher=ray", "--member=0"], {}, ["--member", "one of them"]),
+    "one run on workers": (
+        "a",
+        ["--launcher=ray", "--distributed=auto"],
+        {},
+        ["--distributed", "one of them"],
+    ),
     "out of range": (
         "a",
         ["--config.fit_sfw.epochs=0"],

@@ -21,7 +21,7 @@ from sparsity_jax import (
 )
 from sparsity_jax.types import PyTree
 
-__all__ = ["OF_UNITS", "OF_WEIGHTS", "PRODUCTS", "Algorithm"]
+__all__ = ["EVERY", "OF_UNITS", "OF_WEIGHTS", "PRODUCTS", "UPDATED", "VECTORS", "Algorithm"]
 
 Algorithm = Callable[[PyTree, PyTree], PyTree]  # (params, grads) -> results
 
@@ -195,17 +195,18 @@ def traces(params: PyTree, grads: PyTree) -> PyTree:
 
 # Tables -------------------------------------------------------------------------------------------
 
-_UPDATED = tuple(optimizers({"kernel": jnp.ones((2, 2))}))
+UPDATED = tuple(optimizers({"kernel": jnp.ones((2, 2))}))
+VECTORS = tuple(f"Lanczos, {kind}" for kind in ("full", "bfloat16", "none"))
 OF_WEIGHTS: dict[str, Algorithm] = {
     "masks": select,
     "threshold": threshold,
     "random masks": select_at_random,
     "masks by layer": allocate_weights,
     "feasible sets": of_sets,
-    **{name: updates(name) for name in _UPDATED},
+    **{name: updates(name) for name in UPDATED},
     "norms": norms,
     "noise": disturb,
-    **{f"Lanczos, {kind}": lanczos(kind) for kind in ("full", "bfloat16", "none")},
+    **{name: lanczos(name.removeprefix("Lanczos, ")) for name in VECTORS},
     "traces": traces,
 }
 OF_UNITS: dict[str, Algorithm] = {
@@ -213,3 +214,4 @@ OF_UNITS: dict[str, Algorithm] = {
     "growing_l2, filters": grow_filters,
     "weights drawn anew": draw_anew,
 }
+EVERY = OF_WEIGHTS | OF_UNITS

@@ -24,6 +24,7 @@ _LOOK_SECONDS = 0.5  # between two looks at a signal
 _FETCH_SECONDS = 1.0  # between two questions for news
 _COUNT_SECONDS = 10.0  # between two questions for room, which nodes that come and go change
 _LINE_SECONDS = 5.0  # between two lines of a log
+_LEAVE_SECONDS = 5.0  # that idle workers have to remove their own files
 _SAVE_SECONDS = 120.0  # that workers have to save and stop
 
 
@@ -120,8 +121,7 @@ class Dispatch:
             raise
         finally:
             self._line.close(self._status())
-            for worker in self._workers:
-                worker.hand.end()
+            self._dismiss(list(self._workers))
 
     def _open_tasks(self) -> list[Task]:
         return [task for task in self._tasks if task.state in ("waiting", "running")]
@@ -153,6 +153,8 @@ class Dispatch:
         asked = [worker.asked for worker in self._workers if not worker.is_refused]
         asked += [worker.news for worker in self._workers if worker.news is not None]
         pending = [future for future in asked if not future.done() or self._is_due(future)]
+        if not pending:
+            time.sleep(_LOOK_SECONDS)
         concurrent.futures.wait(
             pending, timeout=_LOOK_SECONDS, return_when=concurrent.futures.FIRST_COMPLETED
         )
@@ -187,6 +189,9 @@ class Dispatch:
             return
         if self._fetches:
             self._fetch_rest(worker)
+            if answer.state == "done" and not self._has_finished(task):
+                self._lose(worker, "its last files did not arrive")
+                return
         self._settle(worker, task, answer)
 
     def _greet(self, worker: _Worker, ready: Ready) -> None:
@@ -219,15 +224,32 @@ class Dispatch:
         again = f"attempt {task.attempts + 1} of {self._retries + 1} follows"
         workdirs.say(f"{task.name}: its worker was lost ({reason}); {again}")
 
+    def _dismiss(self, workers: Sequence[_Worker]) -> None:
+        """Ends workers; idle ones remove their own files first."""
+        idle = [worker for worker in workers if worker.is_ready and worker.task is None]
+        leaving = [worker.hand.call("leave") for worker in idle]
+        concurrent.futures.wait(leaving, timeout=_LEAVE_SECONDS)
+        for worker in workers:
+            self._workers.remove(worker)
+            worker.hand.end()
+
     # Tasks ----------------------------------------------------------------------------------------
 
     def _hand_out(self) -> None:
-        """Gives every idle worker a task."""
-        for worker in self._workers:
-            if worker.is_ready and worker.task is None:
-                task = tasks.next_task(self._tasks, worker.compiled)
-                if task is not None:
-                    self._begin(worker, task)
+        """Gives every idle worker a task; one for which there is none makes room for others."""
+        for worker in list(self._workers):
+            if not worker.is_ready or worker.task is not None:
+                continue
+            task = tasks.next_task(self._tasks, worker.compiled)
+            if task is not None:
+                self._begin(worker, task)
+            elif self._open_tasks():
+                self._dismiss([worker])
+
+    def _has_finished(self, task: Task) -> bool:
+        """Whether the last checkpoint of a task is in the workdir."""
+        snapshot = workdirs.newest(self._places[task.index].folder)
+        return snapshot is not None and snapshot.is_finished
 
     def _begin(self, worker: _Worker, task: Task) -> None:
         place = self._places[task.index]

@@ -69,7 +69,8 @@ def _is_left_out(name: str, besides: str) -> bool:
 
 
 def apply(folder: Path, changes: Changes) -> None:
-    """Writes what is new elsewhere into `folder`, and removes checkpoints that are no longer there.
+    """Writes what is new elsewhere into `folder`, and removes checkpoints older than the newest one
+    there that are no longer there.
 
     Raises OSError where it cannot be written.
     """
@@ -85,8 +86,10 @@ def apply(folder: Path, changes: Changes) -> None:
     checkpoints = folder / workdirs.FOLDER
     for number, files in sorted(of_checkpoints.items()):
         _write_checkpoint(checkpoints, number, files)
+    newest = max(changes.checkpoints, default=0)  # a worker that has none yet removes none
     for number in set(workdirs.numbers_in(checkpoints)) - set(changes.checkpoints):
-        shutil.rmtree(checkpoints / str(number), ignore_errors=True)
+        if number < newest:
+            shutil.rmtree(checkpoints / str(number), ignore_errors=True)
 
 
 def _write_checkpoint(checkpoints: Path, number: int, files: dict[str, bytes]) -> None:

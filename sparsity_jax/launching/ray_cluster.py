@@ -13,6 +13,7 @@ import shutil
 import signal
 import socket
 import tempfile
+import threading
 import uuid
 import zlib
 from collections.abc import Iterator
@@ -29,7 +30,8 @@ __all__ = ["Cluster", "Handle", "Seen", "compare", "connected", "versions"]
 
 _ADDRESS = "RAY_ADDRESS"
 _WHERE = "HOST:PORT of a cluster's head, given on one of its machines"
-_SECONDS = 10.0  # after which an address counts as silent
+_SECONDS = 10.0  # after which an address counts as one where nothing listens
+_ANSWER_SECONDS = 60.0  # after which what listens there counts as no cluster
 _SURVEY_SECONDS = 120.0  # after which a node does
 _STORE_BYTES = 256 * 2**20  # of a local cluster, which hands nothing large around
 _LIBRARIES = ("jax", "jaxlib", "ray")
@@ -56,6 +58,8 @@ def connected(address: str, wanted: Resources) -> Iterator["Cluster"]:
     # a worker without a GPU must see none
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
     address = address or os.environ.get(_ADDRESS, "")
+    if address == "local":
+        address = ""
     with contextlib.ExitStack() as ends:
         if address:
             options: Fields = dict(address=_reached(address))
@@ -63,7 +67,10 @@ def connected(address: str, wanted: Resources) -> Iterator["Cluster"]:
             options = _local(ends)
         ray = _imported()
         ends.callback(ray.shutdown)
-        with _own_handlers(), _told(address):
+        # Ray writes there what it knows of lost workers, which the launch tells itself
+        silence = ends.enter_context(open(os.devnull, "w", encoding="utf-8"))
+        ends.enter_context(contextlib.redirect_stdout(silence))
+        with _own_handlers(), _told(address), _answering(address):
             ray.init(
                 log_to_driver=False,
                 logging_level=logging.CRITICAL,
@@ -98,6 +105,30 @@ def _reached(address: str) -> str:
         why = f"which cannot be reached ({error})"
         raise ConfigError("--ray-address", address, why=why, allowed=_WHERE) from None
     return address
+
+
+@contextlib.contextmanager
+def _answering(address: str) -> Iterator[None]:
+    """Ends the process with a sentence where the cluster at `address` does not answer: Ray would
+    ask what listens there again and again, and cannot be stopped.
+    """
+    if not address:
+        yield
+        return
+    why = f"which does not answer as a cluster of Ray within {_ANSWER_SECONDS:.0f} s"
+    error = ConfigError("--ray-address", address, why=why, allowed=_WHERE)
+
+    def give_up() -> None:
+        os.write(2, f"error: {error}\n".encode())
+        os._exit(1)
+
+    watch = threading.Timer(_ANSWER_SECONDS, give_up)
+    watch.daemon = True
+    watch.start()
+    try:
+        yield
+    finally:
+        watch.cancel()
 
 
 def _local(ends: contextlib.ExitStack) -> Fields:

@@ -103,7 +103,6 @@ class Worker:
         setup = self._setup
         if os.path.isdir(setup.folder):
             os.chdir(setup.folder)  # paths in the config are relative to it
-        self._own_folder = tempfile.mkdtemp(prefix="sparsity_jax_")
         if setup.keep_programs:
             compilation.keep()
 
@@ -120,6 +119,12 @@ class Worker:
         self._turns = turns.turns_of(every, Path(setup.workdir), config)
         return progress.describe_environment(self._problem)
 
+    def _own(self) -> str:
+        """A folder of the worker's own, made at first use."""
+        if not self._own_folder:
+            self._own_folder = tempfile.mkdtemp(prefix="sparsity_jax_")
+        return self._own_folder
+
     def _load_files(self) -> None:
         """Runs the Python files that registered names: those here where they are the same, else
         copies.
@@ -127,7 +132,7 @@ class Worker:
         for name, content in self._setup.files.items():
             path = Path(name)
             if not path.is_file() or path.read_bytes() != content:
-                path = Path(self._own_folder, path.name)
+                path = Path(self._own(), path.name)
                 path.write_bytes(content)
             imports.load(path)
 
@@ -145,14 +150,19 @@ class Worker:
 
     def _enter(self, index: int, start: mirror.Changes | None) -> Path:
         """The folder of the plan at `index`, with the files to begin with."""
+        self._source = None
         folder = self._turns[index].folder
-        if not self._setup.sees_workdir:
-            folder = Path(self._own_folder, workdirs.member_name(index))
-            shutil.rmtree(folder, ignore_errors=True)
-            self._source = mirror.Source(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        if self._setup.sees_workdir:
+            folder.mkdir(parents=True, exist_ok=True)
+            return folder
+        folder = Path(self._own(), workdirs.member_name(index))
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        source = mirror.Source(folder)
         if start is not None:
             mirror.apply(folder, start)
+            source.changes()  # which the launcher has
+        self._source = source
         return folder
 
     @contextlib.contextmanager
@@ -208,7 +218,8 @@ class Worker:
 
     def leave(self) -> None:
         """Removes what the worker wrote for itself."""
-        shutil.rmtree(self._own_folder, ignore_errors=True)
+        if self._own_folder:
+            shutil.rmtree(self._own_folder, ignore_errors=True)
 
 
 def _sentence_of(error: Exception) -> str:
