@@ -231,25 +231,26 @@ STAGES = dict(
         log_every=2,
     ),
     limit=pipeline.stage("limit", scan=(0.5,), resolution=0.25),
-    path=pipeline.stage("path", ratios=(0.5,), batch_size=64),
-    rows=pipeline.stage("row_norms", num_weights=2, batch_size=64),
-    hessian=pipeline.stage("spectrum", num_matvecs=3, batch_size=64),
+    path=pipeline.stage("path", ratios=(0.5,), num_examples=32, batch_size=32),
+    rows=pipeline.stage("row_norms", num_weights=1, num_examples=32, batch_size=32),
+    hessian=pipeline.stage("spectrum", num_matvecs=3, num_examples=32, batch_size=32),
     width=pipeline.stage("width", batch_size=16),
     channels=pipeline.stage("cut", ratio=0.3, imp_samples=64, batch_size=32, measure="tfo"),
     compact=pipeline.stage("compact", repeats=0, batch_size=16),
     remove=pipeline.stage("remove", ratios="[0:0.25]"),
     reinit=pipeline.stage("reinit"),
-    noise=pipeline.stage("noise", num=1),
     jacobian=pipeline.stage("jacobian", num_examples=16),
 )
 SEEDS = dict(sweep=dict(seed=(0, 1)))
 RUNS = {
     "curvature": divided("fit", "curve", "limit", "path", "rows", "hessian", "width", **STAGES),
     "channels": divided(
-        *("fit", "channels", "compact", "remove", "reinit", "noise", "jacobian"), **STAGES
+        *("fit", "channels", "compact", "remove", "reinit", "jacobian", "weights"), **STAGES
     ),
-    "members": divided("fit", "cut", "grow", "weights", **STAGES, **SEEDS),
-    "scales": divided("learn", **STAGES),
+    "members": divided("fit", "cut", "grow", **STAGES, **SEEDS),
+    "scales": divided(
+        "learn", learn=pipeline.stage("sfw_init", iterations=2, batch_size=16, constraint=tiny.BALL)
+    ),
 }
 
 
@@ -263,7 +264,7 @@ def undivided(monkeypatch):
         belong = trees.named_leaves(run.problem.shardings(state))
         for path, leaf in trees.named_leaves(state).items():
             wanted = belong[path]
-            if wanted.is_fully_replicated or path.startswith("opt_state/lanczos"):
+            if wanted.is_fully_replicated:
                 continue
             if not leaf.sharding.is_equivalent_to(wanted, leaf.ndim):
                 paths.add(path)

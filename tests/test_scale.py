@@ -37,7 +37,7 @@ def test_exchanges_are_read_from_a_program():
 def test_what_was_measured_is_what_the_formulas_say(row):
     expected = FORMULAS.expected(row["algorithm"], FORMULAS.MEASURED, row["devices"])
     exchanged = sum(row["exchanged"].values())
-    assert row["held"] == pytest.approx(expected.held, rel=0.01, abs=2000)
+    assert 0.9 * expected.held <= row["held"] <= expected.held + 500
     if expected.exact:
         assert set(row["exchanged"]) <= {"all-reduce"}
         assert exchanged == pytest.approx(expected.exchanged)
@@ -46,9 +46,10 @@ def test_what_was_measured_is_what_the_formulas_say(row):
 
 
 def test_temporary_arrays_are_shared_too():
-    alone = {row["algorithm"]: row["temporary"] for row in ROWS if row["devices"] == 1}
+    """From two devices on: one alone has another layout of Lanczos vectors."""
+    of_two = {row["algorithm"]: row["temporary"] for row in ROWS if row["devices"] == 2}
     for row in ROWS:
         expected = FORMULAS.expected(row["algorithm"], FORMULAS.MEASURED, row["devices"])
-        if expected.exact:
-            share = alone[row["algorithm"]] / row["devices"]
-            assert row["temporary"] == pytest.approx(share, rel=0.05, abs=10_000)
+        if expected.exact and row["devices"] > 1:
+            share = 2 * of_two[row["algorithm"]] / row["devices"]
+            assert row["temporary"] == pytest.approx(share, rel=0.02, abs=10_000)
