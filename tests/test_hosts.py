@@ -95,6 +95,7 @@ def four(tmp_path_factory) -> pathlib.Path:
     return folder
 
 
+@thorough
 @pytest.mark.parametrize("case", several.CASES)
 def test_four_processes_have_the_numbers_of_one(four, tmp_path, case):
     alone = pipeline.run(several.config_of(case, four), tmp_path)
@@ -109,6 +110,7 @@ def test_four_processes_have_the_numbers_of_one(four, tmp_path, case):
     assert_rows_close(report.read_rows(four / case / report.METRICS), alone.rows)
 
 
+@thorough
 def test_unreadable_images_of_all_processes_are_told(four):
     rows = report.read_rows(four / "streamed" / report.METRICS)
     told = [row["unreadable_images"] for row in rows if "unreadable_images" in row]
@@ -117,6 +119,7 @@ def test_unreadable_images_of_all_processes_are_told(four):
     assert rows[-1]["test_unreadable"] == 1
 
 
+@thorough
 def test_processes_that_differ_are_refused(four):
     own, config = (four / "refused_0").read_text().split("\n")
     assert "which process 1, 2, 3 does not see" in own
@@ -335,6 +338,7 @@ def begin_run(folder: pathlib.Path, epochs: int, **seconds) -> list[subprocess.P
     return processes
 
 
+@thorough
 def test_a_signal_to_one_saves_and_ends_all_and_one_process_goes_on(tmp_path):
     processes = begin_run(tmp_path, 12)
     processes[1].send_signal(signal.SIGTERM)
