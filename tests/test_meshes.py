@@ -264,7 +264,7 @@ def undivided(monkeypatch):
         belong = trees.named_leaves(run.problem.shardings(state))
         for path, leaf in trees.named_leaves(state).items():
             wanted = belong[path]
-            if wanted.is_fully_replicated or path.startswith("opt_state/lanczos"):
+            if wanted.is_fully_replicated:
                 continue
             if not leaf.sharding.is_equivalent_to(wanted, leaf.ndim):
                 paths.add(path)
