@@ -199,7 +199,7 @@ def fetch(tree: PyTree) -> PyTree:
 def _fetched(leaf: Any) -> np.ndarray:
     """One array of `fetch`, of several processes."""
     if isinstance(leaf, jax.Array) and not (leaf.is_fully_replicated or leaf.is_fully_addressable):
-        leaf = multihost_utils.process_allgather(leaf)
+        leaf = multihost_utils.process_allgather(leaf, tiled=True)
     return np.asarray(leaf)
 
 
