@@ -354,11 +354,13 @@ def divided_like(x: Array, like: Any) -> Array:
     """`x` divided among devices as `like`, of the same shape, is; for arrays made of nothing but a
     shape, which would lie whole on every device.
     """
-    traced = isinstance(like, jax.core.Tracer)
+    if not isinstance(like, jax.Array):
+        return x
+    if not isinstance(like, jax.core.Tracer):
+        several = len(like.sharding.device_set) > 1
+        return jax.device_put(x, like.sharding) if several else x
     if not may_be_divided(like):
-        return varying_like(x, [like]) if traced else x
-    if not traced:
-        return jax.device_put(x, like.sharding)
+        return varying_like(x, [like])
     sharding = jax.typeof(like).sharding
     if division(x) != division(like):
         x = jax.sharding.reshard(x, sharding)
