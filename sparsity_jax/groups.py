@@ -432,8 +432,9 @@ def _masked(variables: PyTree, channels: Channels, keep: Keep) -> PyTree:
 def compact(variables: PyTree, channels: Channels, keep: Keep) -> PyTree:
     """`variables` without removed channels, for `elastic`; arguments as for `mask`, keep known.
 
-    Of arrays that devices have shares of one is gathered at a time; what is left is divided along
-    the same axes where its size allows it.
+    Of arrays that devices have shares of they exchange parts, and what is left is divided along the
+    same axes where its size allows it. Gathered are those alone that no other axis can divide, such
+    as biases.
     """
     _check_tied(channels)
     alive = channels.alive(keep)
@@ -441,9 +442,7 @@ def compact(variables: PyTree, channels: Channels, keep: Keep) -> PyTree:
 
     def cut(leaf: Any, members: Members) -> Any:
         _, member = members[0]
-        if not isinstance(leaf, jax.Array):
-            return alive.cut(leaf, inputs[member.path])
-        small = alive.cut(trees.gathered(leaf), inputs[member.path])
+        small = alive.cut(leaf, inputs[member.path])
         return trees.divided_along(small, leaf)
 
     return _map(cut, variables, channels)

@@ -59,6 +59,7 @@ __all__ = [
     "scale_of",
     "scales",
     "size",
+    "undivided",
     "varying_like",
     "widen",
     "zeros_like",
@@ -376,18 +377,60 @@ def divided_along(x: Array, like: Array) -> Array:
     """`x` divided along the axes that divide `like`, of as many axes, where their lengths in `x`
     allow it; as it is where the compiler chooses how `like` is divided.
     """
-    traced = isinstance(like, jax.core.Tracer)
-    if not may_be_divided(like) or (traced and _automatic(like)):
-        return x
-    sharding = jax.typeof(like).sharding if traced else like.sharding
-    if not isinstance(sharding, jax.sharding.NamedSharding):
+    sharding = _known_division(like)
+    if sharding is None:
         return x
     names = []
     for length, name in itertools.zip_longest(x.shape, sharding.spec):
-        parts = [sharding.mesh.shape[own] for own in np.ravel(name) if own is not None]
-        names.append(None if length % math.prod(parts) else name)
-    wanted = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*names))
-    return jax.sharding.reshard(x, wanted) if traced else jax.device_put(x, wanted)
+        names.append(None if length % _parts(sharding, name) else name)
+    return _moved(x, sharding, names)
+
+
+def undivided(x: Any, axis: int) -> Any:
+    """`x` with that axis whole on every device, to take entries along it.
+
+    What divided it divides the largest other axis whose length allows it: devices exchange parts of
+    their shares, and none gets more than its own share. Without such an axis `x` is gathered. As it
+    is where the compiler chooses how `x` is divided.
+    """
+    sharding = _known_division(x)
+    if sharding is None:
+        return x
+    names = [*sharding.spec, *[None] * (x.ndim - len(sharding.spec))]
+    name = names[axis]
+    if name is None:
+        return x
+    parts = _parts(sharding, name)
+    free = [i for i in range(x.ndim) if names[i] is None and x.shape[i] % parts == 0]
+    names[axis] = None
+    if free:
+        largest = max(free, key=lambda i: x.shape[i])
+        names[largest] = name
+    return _moved(x, sharding, names)
+
+
+def _known_division(x: Any) -> jax.sharding.NamedSharding | None:
+    """How devices share the array `x`; None where they do not, or the compiler chooses it."""
+    if not may_be_divided(x):
+        return None
+    if isinstance(x, jax.core.Tracer):
+        sharding: Any = None if _automatic(x) else jax.typeof(x).sharding
+    else:
+        sharding = x.sharding
+    return sharding if isinstance(sharding, jax.sharding.NamedSharding) else None
+
+
+def _parts(sharding: jax.sharding.NamedSharding, name: Any) -> int:
+    """Into how many parts an axis is divided by the axes of a mesh that `name` names."""
+    return math.prod(sharding.mesh.shape[own] for own in np.ravel(name) if own is not None)
+
+
+def _moved(x: Array, sharding: jax.sharding.NamedSharding, names: Sequence) -> Array:
+    """`x` divided by these axes of a mesh."""
+    wanted = sharding.update(spec=jax.sharding.PartitionSpec(*names))
+    if isinstance(x, jax.core.Tracer):
+        return jax.sharding.reshard(x, wanted)
+    return jax.device_put(x, wanted)
 
 
 def zeros_like(x: Array, dtype: Any = None) -> Array:

@@ -2945,7 +2945,7 @@ MUTATIONS = (
         "wrong choice",
         "what is left of an array after its channels are cut out lies whole on every device",
         "trees.py",
-        "None if length % math.prod(parts) else name",
+        "None if length % _parts(sharding, name) else name",
         "None",
         "test_divided.py",
         "removed_channels",

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparsity_jax import trees
 from sparsity_jax.channels import symbolic
 from sparsity_jax.channels.labels import Labels, with_room
 from sparsity_jax.channels.rules import Values
@@ -63,7 +64,7 @@ class Alive(NamedTuple):
             if not kept.all():
                 symbolic.check_number(array.shape[position])
                 entries = np.flatnonzero(kept)
-                array = array.take(entries, position)
+                array = trees.undivided(array, position).take(entries, position)
         return array
 
     def zero(self, array: Any, value: Value, positions: Sequence[int]) -> Any:
