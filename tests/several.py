@@ -10,7 +10,7 @@ import numpy as np
 import tiny
 from absl import flags
 
-CASES = ("memory", "streamed")
+CASES = ("memory", "streamed", "divided")
 
 
 def write_images(folder: pathlib.Path) -> None:
@@ -27,7 +27,13 @@ def write_images(folder: pathlib.Path) -> None:
 
 
 def config_of(case: str, folder: pathlib.Path) -> dict:
-    """A tiny run: two members side by side, or one in turn whose images are a stream."""
+    """A tiny run: two members side by side, in turn with images of a stream, or one network that
+    four devices have shares of.
+    """
+    if case == "divided":
+        mesh = dict(data=2, params=2)
+        model = dict(name="mlp", widths=(64, 64))  # of which one kernel is worth dividing
+        return tiny.config("fit", "curve", model=model, mesh=mesh, eval_batch_size=32)
     if case == "memory":
         return tiny.config("again", sweep=dict(seed=(0, 1)), checkpoint_seconds=0.0)
     skipping = dict(image_size=8, unreadable="skip", unreadable_share=0.3)
@@ -51,7 +57,7 @@ def main(folder: str, address: str, number: str, rank: str) -> None:
     flags.FLAGS(["several"])
     import jax
 
-    from sparsity_jax import hosts, pipeline, watch
+    from sparsity_jax import hosts, meshes, pipeline, watch
 
     root = pathlib.Path(folder)
     seconds = watch.Limits(*[60.0] * 4)
@@ -59,7 +65,7 @@ def main(folder: str, address: str, number: str, rank: str) -> None:
     with tiny.pages(False):
         for case in CASES:
             outcome = pipeline.run(config_of(case, root), root / case)
-            leaves = jax.tree.leaves(jax.device_get(outcome.state))
+            leaves = jax.tree.leaves(meshes.fetch(outcome.state))
             np.savez(root / f"{case}_{rank}.npz", *leaves)
         config = config_of("memory", root)
         told = [
