@@ -359,7 +359,13 @@ def test_a_missing_ray_is_told_with_what_installs_it(monkeypatch):
         ray_cluster._imported()
 
 
-def test_versions_that_differ_between_nodes_are_refused():
+@pytest.fixture
+def without_ray(monkeypatch):
+    """Versions without that of Ray, which need not be installed here."""
+    monkeypatch.setattr(ray_cluster, "_LIBRARIES", ("jax", "jaxlib"))
+
+
+def test_versions_that_differ_between_nodes_are_refused(without_ray):
     here = ray_cluster.versions()
     fits = ray_cluster.Seen("a", here, True)
     other = ray_cluster.Seen("b", {**here, "jax": "0.0.1"}, True)
@@ -368,7 +374,7 @@ def test_versions_that_differ_between_nodes_are_refused():
         ray_cluster.compare(here, [fits, other])
 
 
-def test_a_node_says_whether_it_sees_the_workdir(tmp_path):
+def test_a_node_says_whether_it_sees_the_workdir(tmp_path, without_ray):
     probe = tmp_path / "probe"
     probe.write_text("probe")
     versions, answer = ray_cluster._look(str(probe))
