@@ -24,7 +24,7 @@ os.environ["PLATFORM"] = jax.default_backend()
 
 # %% language="bash"
 # sparsity-jax run --config quickstart --workdir runs/eight --config.platform=$PLATFORM \
-#     "--config.pipeline=('fit_sfw', 'curve')" --config.fit_sfw.epochs=5 \
+#     "--config.pipeline=('fit_sgd', 'curve')" --config.fit_sgd.epochs=5 \
 #     '--config.sweep.seed=(0, 1, 2, 3, 4, 5, 6, 7)' 2> log.txt
 # tail -n 5 log.txt
 
@@ -38,7 +38,7 @@ os.environ["PLATFORM"] = jax.default_backend()
 # %% language="bash"
 # for name in one two; do
 #     sparsity-jax run --config quickstart --workdir runs/$name --config.platform=$PLATFORM \
-#         "--config.pipeline=('fit_sfw', 'curve')" --config.fit_sfw.epochs=5 \
+#         "--config.pipeline=('fit_sgd', 'curve')" --config.fit_sgd.epochs=5 \
 #         '--config.sweep.seed=(0,)' --config.deterministic=True 2> log.txt
 # done
 
