@@ -1,7 +1,7 @@
 """What a launch on Ray costs per member: 50 small members on workers of this machine, and the same
 one after the other in one process.
 
-    python experiments/scale/ray_overhead.py [--members 50] [--resources cpu=2]
+    python experiments/scale/ray_overhead.py [--members 50] [--resources cpu=1 cpu=2]
 
 Both are commands of their own, with an empty folder of compiled programs each. A member's end is
 the time of its last checkpoint. Prints a table; exits 1 where a member costs more than a second.
@@ -65,7 +65,7 @@ def measure(folder: pathlib.Path, members: int, *flags: str) -> Measured:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--members", type=int, default=50)
-    parser.add_argument("--resources", nargs="+", default=["cpu=2"])
+    parser.add_argument("--resources", nargs="+", default=["cpu=1", "cpu=2"])
     options = parser.parse_args()
     others = options.members - 1
     worst = 0.0
