@@ -1,12 +1,10 @@
 """Named axes of devices: batches over all of them, parameters and what is as large over one."""
 
 import json
-import re
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 import tiny
 from jax.sharding import PartitionSpec
@@ -131,18 +129,14 @@ AS_ACCELERATORS_DO = {  # of XLA: each array for itself, in the order of least m
     "xla_disable_hlo_passes": "cpu-all-reduce-combiner,cse",
     "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
 }
-SIZES = {"f32": 4, "s32": 4, "u32": 4, "pred": 1}
+COLLECTIVES = tiny.module("experiments/scale/collectives.py")
 
 
 def exchanged(text):
     """Bytes of what every collective of a compiled program gives, by its kind."""
-    sizes = {"all-gather": [], "all-reduce": [], "reduce-scatter": [], "all-to-all": []}
-    for line in text.splitlines():
-        found = re.search(rf"= (.*) ({'|'.join(sizes)})\(", line)
-        if found:
-            arrays = re.findall(r"(\w+)\[([\d,]*)\]", found[1])
-            shapes = [(name, [int(n) for n in dims.split(",") if n]) for name, dims in arrays]
-            sizes[found[2]].append(sum(SIZES[name] * np.prod(shape) for name, shape in shapes))
+    sizes = {"all-gather": [], "all-reduce": [], "all-to-all": []}
+    for collective in COLLECTIVES.of_program(text):
+        sizes.setdefault(collective.kind, []).append(collective.size)
     return sizes
 
 
