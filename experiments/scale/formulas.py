@@ -181,7 +181,7 @@ class Prediction(NamedTuple):
     counts: float
 
 
-# NVIDIA H100 SXM, its data sheet: 989 teraFLOP/s of dense bfloat16, of which 40 % are assumed; 900
+# NVIDIA H100 SXM, taken as 989 teraFLOP/s of dense bfloat16, of which 40 % are assumed; 900
 # GB/s of NVLink in both directions; 3.35 TB/s of memory. Between machines 400 Gb/s for each device,
 # as a DGX H100 has them. 20 microseconds are assumed.
 _REACHED = 0.4 * 989e12
