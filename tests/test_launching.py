@@ -389,3 +389,48 @@ def test_a_node_says_whether_it_sees_the_workdir(tmp_path, without_ray):
     )
     with tiny.refused("--resources", "gpu=1,cpu=1", allowed="a with CPU=2, GPU=0"):
         cluster.check_room()
+
+
+class Node:
+    """As Ray of one node. answers: what questions give or raise, in turn; the node is gone with the
+    last.
+    """
+
+    def __init__(self, *answers):
+        self.answers = list(answers)
+        strategy = lambda node, soft: node
+        self.util = types.SimpleNamespace(
+            scheduling_strategies=types.SimpleNamespace(NodeAffinitySchedulingStrategy=strategy)
+        )
+
+    def nodes(self):
+        there = dict(NodeID="1", NodeManagerHostname="a", Resources=dict(CPU=2.0))
+        return [dict(there, Alive=bool(self.answers))]
+
+    def remote(self, **options):
+        return lambda look: types.SimpleNamespace(remote=look)
+
+    def get(self, reference, timeout):
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return reference
+
+
+def test_a_node_that_is_lost_is_not_asked_for_its_versions(tmp_path, without_ray, monkeypatch):
+    """Ray lists it for some seconds, in which nothing can be given to it."""
+    monkeypatch.setattr(ray_cluster, "_AGAIN_SECONDS", 0.0)
+    lost = RuntimeError("not schedulable")
+
+    def survey(*answers):
+        return ray_cluster.Cluster(Node(*answers), resources.read("")).survey(tmp_path)
+
+    assert survey(lost, lost) == []
+    (seen,) = survey(lost, "answers", "stays")
+    assert seen == ray_cluster.Seen("a", ray_cluster.versions(), True)
+    with tiny.complains("its node a cannot run sparsity_jax: 'no answer'"):
+        survey(TimeoutError("no answer"), "stays")
+    monkeypatch.setattr(ray_cluster, "_GONE_SECONDS", 0.0)
+    with tiny.complains("its node a cannot run sparsity_jax: 'not schedulable'"):
+        survey(lost, "stays")
+    assert not list(tmp_path.iterdir())

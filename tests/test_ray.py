@@ -178,10 +178,12 @@ def numbers_in(folder):
     return [int(path.name) for path in folder.glob("checkpoints/[0-9]*")]
 
 
-def wait_until(holds, seconds=120):
+def wait_until(holds, seconds=120, process=None):
+    """process: whose end makes it fail at once."""
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline
+        assert process is None or process.poll() is None
         time.sleep(0.1)
 
 
@@ -230,35 +232,44 @@ def short_folder():
 def test_a_command_that_is_ended_and_started_again(cluster, alone, tmp_path, short_folder):
     """First by SIGTERM, then by SIGKILL on a cluster of its own, of which nothing is left."""
     workdir = tmp_path / "run"
+    told = tmp_path / "told"
     file = tmp_path / "mine.py"
     config = long_config((0.1, 0.05, 0.02))
     file.write_text(COMMAND_CONFIG.format(config=config))
     words = [sys.executable, "-m", "sparsity_jax.run", "--launcher=ray", "--config", str(file)]
     words += ["--workdir", str(workdir), "--config.checkpoint_seconds=0.0"]
 
-    def begin(*more):
+    @contextlib.contextmanager
+    def begun(*more):
         environment = {**os.environ, "PYTHONPATH": str(tiny.ROOT), "TMPDIR": short_folder}
-        with open(tmp_path / "told", "a") as told:
-            options = dict(cwd=tmp_path, stderr=told, stdin=subprocess.DEVNULL, env=environment)
-            return subprocess.Popen([*words, *more], **options)
+        options = dict(cwd=tmp_path, stdin=subprocess.DEVNULL, env=environment)
+        with open(told, "a") as stderr:
+            process = subprocess.Popen([*words, *more], stderr=stderr, **options)
+        try:
+            yield process
+        except AssertionError:
+            raise AssertionError(told.read_text()) from None
+        finally:
+            process.kill()
+            process.wait(60)
 
-    process = begin(f"--ray-address={cluster.address}")
-    wait_until(lambda: max(numbers_in(workdir / "member_000"), default=0) > 2)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 130
-    told = (tmp_path / "told").read_text()
-    assert f"interrupted: the same command continues {workdir}" in told
+    with begun(f"--ray-address={cluster.address}") as process:
+        trained = lambda: max(numbers_in(workdir / "member_000"), default=0) > 2
+        wait_until(trained, process=process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 130
+    assert f"interrupted: the same command continues {workdir}" in told.read_text()
     log = workdir / "member_000" / "log.txt"
     assert "stopped; the next attempt goes on" in log.read_text()
 
     second = workdir / "member_001" / "log.txt"
     before = len(pids(second)) if second.exists() else 0
-    process = begin()
-    wait_until(lambda: second.exists() and len(pids(second)) > before)
-    children = descendants(process.pid)
-    assert len(children) > 3
-    process.kill()
-    process.wait(60)
+    with begun() as process:
+        again = lambda: second.exists() and len(pids(second)) > before
+        wait_until(again, process=process)
+        children = descendants(process.pid)
+        assert len(children) > 3
+        process.kill()
     wait_until(lambda: not any(map(lives, children)))
 
     rows = launch.run(pipeline.base(**config), workdir, address=cluster.address)
@@ -295,10 +306,12 @@ def test_groups_with_parts_of_a_file_of_ones_own(cluster, tmp_path):
     assert len(logs) == len(pipeline.check(config)) > 1
 
 
-def test_what_no_node_has_is_refused(cluster, tmp_path):
+def test_what_no_node_has_is_refused_and_a_lost_node_is_left_out(cluster, tmp_path):
     with tiny.refused("--resources", "cpu=3", allowed="with CPU=1"):
         launch.run(tiny.config("fit"), tmp_path, needs="cpu=3", address=cluster.address)
     wanted = resources.read("")
     with ray_cluster.connected(cluster.address, wanted) as joined:
         assert joined.room() == 2
+        cluster.tell("lose")
+        assert len(joined.survey(tmp_path)) == 1
     assert not (tmp_path / "config.json").exists()

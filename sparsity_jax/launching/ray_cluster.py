@@ -14,6 +14,7 @@ import signal
 import socket
 import tempfile
 import threading
+import time
 import uuid
 import zlib
 from collections.abc import Iterator
@@ -33,6 +34,8 @@ _WHERE = "HOST:PORT of a cluster's head, given on one of its machines"
 _SECONDS = 10.0  # after which an address counts as one where nothing listens
 _ANSWER_SECONDS = 60.0  # after which what listens there counts as no cluster
 _SURVEY_SECONDS = 120.0  # after which a node does
+_GONE_SECONDS = 40.0  # in which Ray notices that a node is gone, with some to spare
+_AGAIN_SECONDS = 1.0  # between two questions to a node that may be gone
 _STORE_BYTES = 256 * 2**20  # of a local cluster, which hands nothing large around
 _LIBRARIES = ("jax", "jaxlib", "ray")
 _PARTS = {"compute": 1, "talk": 1}  # threads of a worker: for members, and for questions
@@ -203,35 +206,50 @@ class Cluster:
     def survey(self, workdir: Path) -> list[Seen]:
         """What every node says of its versions and of a file in `workdir`.
 
-        Raises ConfigError where one does not answer, or not have this library.
+        One that is lost meanwhile is left out. Raises ConfigError where one does not answer, or
+        lacks this library.
         """
         probe = workdir / f".probe_{uuid.uuid4().hex}"
         probe.write_text(probe.name, encoding="utf-8")
-        task = self._ray.remote(num_cpus=0, max_retries=0)(_look)
-        strategy = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
-        seen = []
         try:
-            asked = []
-            for node in self._nodes():
-                here = task.options(scheduling_strategy=strategy(node["NodeID"], soft=False))
-                asked.append((node, here.remote(str(probe.absolute()))))
-            for node, reference in asked:
-                seen.append(self._answer(node, reference, probe))
+            asked = [(node, self._ask(node, probe)) for node in self._nodes()]
+            answers = [self._answer(node, reference, probe) for node, reference in asked]
         finally:
             for path in workdir.glob(f"{probe.name}*"):
                 path.unlink(missing_ok=True)
-        return seen
+        return [answer for answer in answers if answer is not None]
 
-    def _answer(self, node: Fields, reference: Any, probe: Path) -> Seen:
+    def _ask(self, node: Fields, probe: Path) -> Any:
+        """Asks a node to look at the file `probe`."""
+        strategy = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
+        there = strategy(node["NodeID"], soft=False)
+        task = self._ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=there)(_look)
+        return task.remote(str(probe.absolute()))
+
+    def _answer(self, node: Fields, reference: Any, probe: Path) -> Seen | None:
+        """What a node has answered; None of one that is lost, which Ray may notice late."""
         host = node["NodeManagerHostname"]
-        try:
-            versions, written = self._ray.get(reference, timeout=_SURVEY_SECONDS)
-        except Exception as error:  # Ray's own, and those of the node's imports
-            cause = getattr(error, "cause", None) or error  # what a task raised
-            why = f"but its node {host} cannot run sparsity_jax: {reason_of(cause)}"
-            raise ConfigError("--launcher", "ray", why=why) from None
+        patience = time.monotonic() + _GONE_SECONDS
+        while True:
+            try:
+                versions, written = self._ray.get(reference, timeout=_SURVEY_SECONDS)
+                break
+            except Exception as error:  # Ray's own, and those of the node's imports
+                if not self._is_alive(node):
+                    return None
+                cause = getattr(error, "cause", None)  # what the task raised
+                is_final = cause is not None or isinstance(error, TimeoutError)
+                if is_final or time.monotonic() > patience:
+                    reason = reason_of(cause or error)
+                    why = f"but its node {host} cannot run sparsity_jax: {reason}"
+                    raise ConfigError("--launcher", "ray", why=why) from None
+            time.sleep(_AGAIN_SECONDS)
+            reference = self._ask(node, probe)
         sees = bool(written) and probe.with_name(written).is_file()
         return Seen(host, versions, sees)
+
+    def _is_alive(self, node: Fields) -> bool:
+        return any(other["NodeID"] == node["NodeID"] for other in self._nodes())
 
     def start(self, setup: worker.Setup) -> "Handle":
         """Asks for one more worker, which begins once a node has room for it."""
