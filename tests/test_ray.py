@@ -270,12 +270,14 @@ def test_a_command_that_is_ended_and_started_again(cluster, alone, tmp_path, sho
         children = descendants(process.pid)
         assert len(children) > 3
         process.kill()
-    wait_until(lambda: not any(map(lives, children)))
+    workers = {pids(log)[-1] for log in workdir.glob("member_*/log.txt")}
+    wait_until(lambda: not any(map(lives, workers)), seconds=20)
 
     rows = launch.run(pipeline.base(**config), workdir, address=cluster.address)
     for number, rate in enumerate((0.1, 0.05, 0.02)):
         check_equal(rows, number, alone[rate])
     assert not list(workdir.glob("**/run.lock"))
+    wait_until(lambda: not any(map(lives, children)))  # Ray's own need a minute
 
 
 def descendants(pid):

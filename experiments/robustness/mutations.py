@@ -3201,6 +3201,16 @@ MUTATIONS = (
         "sees_the_workdir",
     ),
     Mutation(
+        708,
+        "dropped check",
+        "a node of Ray that is lost while it is asked ends the launch",
+        "launching/ray_cluster.py",
+        "if not self._is_alive(node):",
+        "if False:",
+        "test_launching.py",
+        "is_lost_is_not_asked",
+    ),
+    Mutation(
         822,
         "dropped check",
         "versions of nodes are not compared",
