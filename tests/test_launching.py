@@ -3,7 +3,9 @@ fail or are lost.
 """
 
 import concurrent.futures
+import contextlib
 import os
+import resource
 import sys
 import types
 
@@ -219,7 +221,7 @@ def test_a_lost_worker_is_replaced_as_often_as_was_said(tmp_path):
     hands = dispatched(tmp_path, every, lambda number: Hand(answers), room=1)
     assert [hand.ran for hand in hands] == [[(0, 1)], [(0, 2)], [(1, 1)]]
     assert every[0].state == "failed"
-    assert "lost 2 times, at last: 'the node is gone'" in every[0].sentence
+    assert "attempt 2 was the last; its worker was lost ('the node is gone')" in every[0].sentence
     assert every[1].state == "done"
 
 
@@ -239,6 +241,21 @@ def test_a_worker_that_cannot_begin_is_left_out_and_none_at_all_is_an_error(tmp_
     assert "left out: config.data.name" in capsys.readouterr().err
     with tiny.complains("config.data.name is 'x'"):
         dispatched(tmp_path, some_tasks("waiting"), lambda number: Hand(done, no_data), room=1)
+
+
+def test_a_worker_with_a_full_disk_gets_nothing_more(tmp_path, capsys):
+    unable = worker.Outcome("unable", "No space left on device")
+    every = some_tasks("waiting", "waiting", "waiting")
+    make = lambda number: Hand(done if number else lambda *_: unable)
+    hands = dispatched(tmp_path, every, make)
+    assert {task.state for task in every} == {"done"}
+    assert [len(hand.ran) for hand in hands] == [1, 3]
+    assert "member 0: its worker cannot write (No space left" in capsys.readouterr().err
+    every = some_tasks("waiting", "waiting", "waiting")
+    hands = dispatched(tmp_path, every, lambda number: Hand(lambda *_: unable))
+    assert {task.state for task in every} == {"failed"}
+    assert [len(hand.ran) for hand in hands] == [1, 1]
+    assert every[2].sentence == "no worker is left that can write: No space left on device"
 
 
 def test_a_stop_reaches_the_workers_and_their_tasks_wait_again(tmp_path):
@@ -279,6 +296,17 @@ def sweep():
     return tiny.config("fit", sweep=dict(rates, mode="loop"), checkpoint_seconds=0.0)
 
 
+@contextlib.contextmanager
+def disk_of(size):
+    """No file can grow beyond `size` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 def test_a_worker_runs_members_as_one_process_does(sweep, tmp_path):
     with pytest.raises(pipeline.NonFiniteLossError):
         pipeline.run(sweep, tmp_path / "loop")
@@ -289,12 +317,20 @@ def test_a_worker_runs_members_as_one_process_does(sweep, tmp_path):
     poisoned = unseen.run(0, attempt, None)
     assert poisoned.state == "failed"
     assert poisoned.diverged
-    full = lambda *_: os.link(tmp_path / "none", tmp_path / "there")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "run_plan", full)
-        assert "No such file" in unseen.run(1, attempt, None).sentence  # any OSError
     assert "not finite" in poisoned.sentence
     mirror.apply(every[0].folder, unseen.news())
+    with pytest.MonkeyPatch.context() as patch:
+        missing = lambda *_: os.link(tmp_path / "none", tmp_path / "there")
+        patch.setattr(pipeline, "run_plan", missing)
+        failed = unseen.run(1, attempt, None)
+        long = lambda *_: (tmp_path / "long").write_bytes(bytes(2**20))
+        patch.setattr(pipeline, "run_plan", long)
+        with disk_of(2**16):
+            full = unseen.run(1, attempt, None)
+    assert failed.state == "failed"
+    assert "No such file" in failed.sentence
+    assert full.state == "unable"
+    assert "File too large" in full.sentence
     assert unseen.run(1, attempt, None).state == "done"
     mirror.apply(every[1].folder, unseen.news())
     unseen.leave()

@@ -201,7 +201,7 @@ class Dispatch:
             self._greeted(ready.environment)
             return
         worker.is_refused = True  # it stays, so that no other one begins in its place
-        if all(other.is_refused for other in self._workers) and len(self._workers) >= self._room():
+        if self._has_nobody():
             raise tables.ConfigError(ready.sentence)
         workdirs.say(f"a worker is left out: {ready.sentence}")
 
@@ -215,18 +215,26 @@ class Dispatch:
             if self._lost_starts > self._retries:
                 raise tables.ConfigError(f"workers end before they can train: {reason}")
             return
-        if task.attempts > self._retries:
-            task.state = "failed"
-            task.sentence = f"its worker was lost {task.attempts} times, at last: {reason}"
-            workdirs.say(f"{task.name} failed: {task.sentence}")
-            return
-        task.state = "waiting"
-        again = f"attempt {task.attempts + 1} of {self._retries + 1} follows"
-        workdirs.say(f"{task.name}: its worker was lost ({reason}); {again}")
+        self._try_again(task, f"its worker was lost ({reason})")
+
+    def _leave_out(self, worker: _Worker, sentence: str) -> None:
+        """Gives nothing more to a worker that cannot write; fails all that wait where it was the
+        last.
+        """
+        worker.is_ready = False
+        worker.is_refused = True
+        if self._has_nobody():
+            for task in self._open_tasks():
+                self._fail(task, f"no worker is left that can write: {sentence}")
+
+    def _has_nobody(self) -> bool:
+        """Whether all workers that there is room for are left out."""
+        is_full = len(self._workers) >= self._room()
+        return is_full and all(worker.is_refused for worker in self._workers)
 
     def _dismiss(self, workers: Sequence[_Worker]) -> None:
         """Ends workers; idle ones remove their own files first."""
-        idle = [worker for worker in workers if worker.is_ready and worker.task is None]
+        idle = [worker for worker in workers if not self._is_busy(worker)]
         leaving = [worker.hand.call("leave") for worker in idle]
         concurrent.futures.wait(leaving, timeout=_LEAVE_SECONDS)
         for worker in workers:
@@ -276,8 +284,20 @@ class Dispatch:
         elif outcome.state == "failed":
             task.diverged = outcome.diverged
             self._fail(task, outcome.sentence)
+        elif outcome.state == "unable":
+            self._try_again(task, f"its worker cannot write ({outcome.sentence})")
+            self._leave_out(worker, outcome.sentence)
         else:
             task.state = "waiting"
+
+    def _try_again(self, task: Task, why: str) -> None:
+        """Lets a task wait for another worker, unless it has had its attempts."""
+        if task.attempts > self._retries:
+            self._fail(task, f"attempt {task.attempts} was the last; {why}.")
+            return
+        task.state = "waiting"
+        again = f"attempt {task.attempts + 1} of {self._retries + 1} follows"
+        workdirs.say(f"{task.name}: {why}; {again}")
 
     def _fail(self, task: Task, sentence: str) -> None:
         task.state = "failed"

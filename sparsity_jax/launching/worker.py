@@ -13,6 +13,7 @@ import socket
 import sys
 import tempfile
 import traceback
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -22,6 +23,8 @@ from sparsity_jax.launching import mirror
 from sparsity_jax.types import Config, Fields
 
 __all__ = ["Outcome", "Ready", "Setup", "Worker", "shipped"]
+
+_MEBIBYTE = bytes(2**20)
 
 
 class Setup(NamedTuple):
@@ -53,9 +56,11 @@ class Ready(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """How an attempt ended. sentence: why it failed. diverged: whether its loss was not finite."""
+    """How an attempt ended. unable: the worker cannot write, which another one may. sentence: why
+    it failed. diverged: whether its loss was not finite.
+    """
 
-    state: Literal["done", "failed", "stopped"]
+    state: Literal["done", "failed", "stopped", "unable"]
     sentence: str = ""
     diverged: bool = False
 
@@ -86,6 +91,7 @@ class Worker:
         self._problem: Any = None
         self._schedule: Any = None
         self._own_folder = ""
+        self._folder = Path(setup.workdir)  # of the latest attempt
         self._source: mirror.Source | None = None
         os.environ.update(setup.environment)
         if setup.threads:
@@ -146,18 +152,19 @@ class Worker:
             with self._said_to(self._enter(index, start)):
                 return self._attempt(index, attempt)
         except OSError as error:  # of the log itself
-            return Outcome("failed", _sentence_of(error))
+            return self._failure(error)
 
     def _enter(self, index: int, start: mirror.Changes | None) -> Path:
         """The folder of the plan at `index`, with the files to begin with."""
         self._source = None
-        folder = self._turns[index].folder
+        self._folder = folder = self._turns[index].folder
         if self._setup.sees_workdir:
             folder.mkdir(parents=True, exist_ok=True)
             return folder
-        folder = Path(self._own(), workdirs.member_name(index))
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+        place = Path(self._own(), "now")  # what was there before, the launcher has
+        shutil.rmtree(place, ignore_errors=True)
+        self._folder = folder = place / workdirs.member_name(index)
+        folder.mkdir(parents=True)
         source = mirror.Source(folder)
         if start is not None:
             mirror.apply(folder, start)
@@ -168,14 +175,11 @@ class Worker:
     @contextlib.contextmanager
     def _said_to(self, folder: Path) -> Iterator[None]:
         """What is said inside goes to the log in `folder`."""
-        self._folder = folder
         path = folder / mirror.LOG
         with path.open("a", encoding="utf-8", buffering=1) as log, contextlib.redirect_stderr(log):
             yield
 
     def _attempt(self, index: int, attempt: lock.Attempt) -> Outcome:
-        from sparsity_jax import train
-
         turn = self._turns[index]
         is_whole = len(self._turns) == 1  # then the launcher's lock is in this folder
         file = mirror.ATTEMPT_LOCK if is_whole else lock.FILE
@@ -195,9 +199,17 @@ class Worker:
             return Outcome("stopped")
         except Exception as error:
             traceback.print_exc(file=sys.stderr)
-            diverged = isinstance(error, train.NonFiniteLossError)
-            return Outcome("failed", _sentence_of(error), diverged)
+            return self._failure(error)
         return Outcome("done")
+
+    def _failure(self, error: Exception) -> Outcome:
+        """How an attempt ended, by what it raised."""
+        from sparsity_jax import train
+
+        if isinstance(error, OSError) and not _has_room(self._folder):
+            return Outcome("unable", _sentence_of(error))
+        diverged = isinstance(error, train.NonFiniteLossError)
+        return Outcome("failed", _sentence_of(error), diverged)
 
     def _run_plan(self, turn: Any, still_mine: Any) -> None:
         from sparsity_jax import pipeline
@@ -220,6 +232,22 @@ class Worker:
         """Removes what the worker wrote for itself."""
         if self._own_folder:
             shutil.rmtree(self._own_folder, ignore_errors=True)
+
+
+def _has_room(folder: Path) -> bool:
+    """Whether as much as `folder` holds, and at least a mebibyte, can be written beside it."""
+    probe = folder.with_name(f".room_{uuid.uuid4().hex}")
+    try:
+        sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+        with probe.open("wb") as file:
+            for _ in range(sum(sizes) // len(_MEBIBYTE) + 1):
+                file.write(_MEBIBYTE)
+    except OSError:
+        return False
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+    return True
 
 
 def _sentence_of(error: Exception) -> str:
