@@ -271,7 +271,7 @@ def test_a_command_that_is_ended_and_started_again(cluster, alone, tmp_path, sho
         assert len(children) > 3
         process.kill()
     workers = {pids(log)[-1] for log in workdir.glob("member_*/log.txt")}
-    wait_until(lambda: not any(map(lives, workers)), seconds=20)
+    wait_until(lambda: not any(map(lives, workers)))
 
     rows = launch.run(pipeline.base(**config), workdir, address=cluster.address)
     for number, rate in enumerate((0.1, 0.05, 0.02)):
