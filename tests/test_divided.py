@@ -16,6 +16,7 @@ from numpy.random import default_rng
 from numpy.testing import assert_allclose, assert_array_equal
 
 from sparsity_jax import groups, linops, platforms, polytopes, spectrum, trees
+from sparsity_jax.masks import gaps
 
 pytestmark = pytest.mark.usefixtures("eight_devices")
 ALGORITHMS = tiny.module("experiments/scale/algorithms.py")
@@ -110,6 +111,19 @@ def test_two_explicit_axes(name, alone):
     mesh = jax.make_mesh((4, 2), ("x", "y"), (AxisType.Explicit,) * 2)
     with platforms.using("together"), jax.set_mesh(mesh):
         check_algorithm(name, mesh, alone)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_the_largest_gap_exchanges_buckets(kind):
+    mesh = jax.make_mesh((4, 2), ("x", "y"), (kind,) * 2)
+    scores = network(0)["conv"]["kernel"]
+    count = jax.jit(functools.partial(gaps.count_below_largest, trim=50, buckets=32))
+    with jax.set_mesh(mesh):
+        shares = divided(scores, mesh)
+        compiled = count.lower(shares).compile()
+        assert compiled(shares) == count(scores)
+    assert {exchange.kind for exchange in exchanged(compiled)} == {"all-reduce"}
+    assert max(max(exchange.sizes) for exchange in exchanged(compiled)) <= 4 * 32
 
 
 def applied(variables, x):
