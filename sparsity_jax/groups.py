@@ -433,8 +433,8 @@ def compact(variables: PyTree, channels: Channels, keep: Keep) -> PyTree:
     """`variables` without removed channels, for `elastic`; arguments as for `mask`, keep known.
 
     Of arrays that devices have shares of they exchange parts, and what is left is divided along the
-    same axes where its size allows it. Gathered are those alone that no other axis can divide, such
-    as biases.
+    same axes where its size allows it, see `trees.taken`. Under `jit` on automatic axes the
+    compiler chooses, and `out_shardings` say how it ends.
     """
     _check_tied(channels)
     alive = channels.alive(keep)

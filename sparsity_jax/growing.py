@@ -31,6 +31,7 @@ import optax
 from jax import Array
 
 from sparsity_jax import coupling, groups, kernels, masks, originals, tables, trees, units
+from sparsity_jax.masks import gaps
 from sparsity_jax.types import Arrays, PyTree
 from sparsity_jax.units import Keep, Layer
 
@@ -160,23 +161,16 @@ def largest_gap(scores: Array) -> Array:
     """How many `scores` lie below the largest gap between neighbours in order: int32, at least 1,
     never all.
 
-    floor(0.02 n) scores at either end are not compared. Of equal gaps the lowest. Sorts. NaN counts
-    as minus infinity, and equal infinities have no gap. Raises ValueError for fewer than 2 scores
-    and, outside `jit`, for NaN.
+    floor(0.02 n) scores at either end are not compared. Of equal gaps the lowest. NaN counts as
+    minus infinity, equal infinities have no gap, and subnormals are zero, among gaps too. Nothing
+    is sorted or gathered; how much work that takes tells `masks.gaps.count_below_largest`. Raises
+    ValueError for fewer than 2 scores and, outside `jit`, for NaN.
     """
     if scores.size < 2:
         raise ValueError(f"there are {scores.size} scores; a gap is between 2 or more.")
     trees.check_finite(scores, "scores", infinite=True)
     trim = masks.count_of(0.02, scores.size, rounding="floor")
-    unknown = jnp.isnan(scores)
-    lowest = jnp.where(unknown, -jnp.inf, scores)
-    ordered = jnp.sort(trees.gathered(lowest).ravel())
-    ordered = ordered[trim : scores.size - trim]
-    upper = ordered[1:]
-    lower = ordered[:-1]
-    gaps = jnp.where(upper == lower, 0, upper - lower)
-    number = jnp.argmax(gaps) + trim + 1
-    return number.astype(jnp.int32)
+    return gaps.count_below_largest(scores, trim)
 
 
 def pick(params: PyTree, layers: Layers, *, pick: Pick = "min", key: Array | None = None) -> Keep:

@@ -39,8 +39,9 @@ def orthogonal(key: Array, mask: Array, dtype: Any) -> Array:
     stay.
 
     Uniform (Haar) among them: the polar factor of a Gaussian matrix. Weights missing inside the
-    matrix make it less than orthogonal. mask: [..., in, out]. Source: Saxe et al. 2014,
-    arXiv:1312.6120.
+    matrix make it less than orthogonal. Every device makes it whole: all columns depend on each
+    other, and what a square matrix would need to be made in shares, its Gram matrix, is as large.
+    mask: [..., in, out]. Source: Saxe et al. 2014, arXiv:1312.6120.
     """
     rows, columns = _kept(mask)
     kept = rows[:, None] & columns
@@ -84,8 +85,9 @@ def reinitialize(
     not lower it. channels, layout: which arrays are kernels, and which of their axes are inputs and
     outputs; see `kernels.axes`. Norms and biases go by the names of Flax, Haiku, Equinox and
     PyTorch; other arrays stay as they are. Running statistics are not in `params`: start them anew
-    too. Raises ConfigError for an
-    unknown method and ValueError where it is open what the kernels are, or their layout.
+    too. Of arrays that devices have shares of, `orthogonal` makes one kernel at a time whole on
+    every device, `normal` none. Raises ConfigError for an unknown method and ValueError where it is
+    open what the kernels are, or their layout.
     """
     draw: Callable = tables.lookup(METHODS, method, "method")
     paths = kernels.paths(params, channels, strict=False)

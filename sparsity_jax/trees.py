@@ -59,7 +59,7 @@ __all__ = [
     "scale_of",
     "scales",
     "size",
-    "undivided",
+    "taken",
     "varying_like",
     "widen",
     "zeros_like",
@@ -386,27 +386,76 @@ def divided_along(x: Array, like: Array) -> Array:
     return _moved(x, sharding, names)
 
 
-def undivided(x: Any, axis: int) -> Any:
-    """`x` with that axis whole on every device, to take entries along it.
+def taken(x: Any, entries: np.ndarray, axis: int) -> Any:
+    """The entries of `x` at these places along an axis; entries: known, in ascending order.
 
-    What divided it divides the largest other axis whose length allows it: devices exchange parts of
-    their shares, and none gets more than its own share. Without such an axis `x` is gathered. As it
-    is where the compiler chooses how `x` is divided.
+    Of what divides that axis, the largest other one is divided meanwhile whose length allows it:
+    devices exchange parts of their shares, and none gets more than its own share. Without such an
+    axis, entries pass from device to device, at most a share at a time, and the result is divided
+    as `x` is; only where its length does not allow that, `x` is gathered. As the compiler likes
+    where it chooses how `x` is divided.
     """
     sharding = _known_division(x)
     if sharding is None:
-        return x
+        return x.take(entries, axis)
     names = [*sharding.spec, *[None] * (x.ndim - len(sharding.spec))]
     name = names[axis]
     if name is None:
-        return x
+        return x.take(entries, axis)
     parts = _parts(sharding, name)
     free = [i for i in range(x.ndim) if names[i] is None and x.shape[i] % parts == 0]
+    if not free and len(entries) % parts == 0:
+        return _passed_on(x, entries, axis, sharding)
     names[axis] = None
     if free:
         largest = max(free, key=lambda i: x.shape[i])
         names[largest] = name
-    return _moved(x, sharding, names)
+    return _moved(x, sharding, names).take(entries, axis)
+
+
+def _passed_on(
+    x: Array, entries: np.ndarray, axis: int, sharding: jax.sharding.NamedSharding
+) -> Array:
+    """The entries along an axis that is divided and stays so: each device sends those of its share
+    to the device that comes so many behind it, for every such distance.
+    """
+    name = sharding.spec[axis]
+    parts = _parts(sharding, name)
+    senders, places = np.divmod(entries, x.shape[axis] // parts)
+    own = len(entries) // parts
+    receivers, targets = np.divmod(np.arange(len(entries)), own)
+    distances = (senders - receivers) % parts
+
+    def pass_on(share: Array) -> Array:
+        device = lax.axis_index(name)
+        front = jnp.moveaxis(share, axis, 0)
+        result = jnp.zeros_like(front, shape=(own, *front.shape[1:]))
+        for distance in np.unique(distances):
+            passed = distances == distance
+            sent = _rows(places[passed], senders[passed], parts, 0)
+            put = _rows(targets[passed], receivers[passed], parts, own)
+            block = front[jnp.asarray(sent)[device]]
+            if distance:
+                ring = [(sender, (sender - distance) % parts) for sender in range(parts)]
+                block = lax.ppermute(block, name, ring)
+            result = result.at[jnp.asarray(put)[device]].set(block, mode="drop")
+        return jnp.moveaxis(result, 0, axis)
+
+    spec = sharding.spec
+    program = jax.shard_map(pass_on, mesh=sharding.mesh, in_specs=spec, out_specs=spec)
+    return jax.jit(program)(x)
+
+
+def _rows(values: np.ndarray, owners: np.ndarray, number: int, fill: int) -> np.ndarray:
+    """The values of every owner in its row, behind them `fill`: [number, most values of an owner].
+
+    owners: in ascending order.
+    """
+    counts = np.bincount(owners, minlength=number)
+    rows = np.full((number, counts.max()), fill)
+    places = np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts)
+    rows[owners, places] = values
+    return rows
 
 
 def _known_division(x: Any) -> jax.sharding.NamedSharding | None:

@@ -16,6 +16,7 @@ from numpy.random import default_rng
 from numpy.testing import assert_allclose, assert_array_equal
 
 from sparsity_jax import groups, linops, platforms, polytopes, spectrum, trees
+from sparsity_jax.masks import gaps
 
 pytestmark = pytest.mark.usefixtures("eight_devices")
 ALGORITHMS = tiny.module("experiments/scale/algorithms.py")
@@ -112,6 +113,19 @@ def test_two_explicit_axes(name, alone):
         check_algorithm(name, mesh, alone)
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_the_largest_gap_exchanges_buckets(kind):
+    mesh = jax.make_mesh((4, 2), ("x", "y"), (kind,) * 2)
+    scores = network(0)["conv"]["kernel"]
+    count = jax.jit(functools.partial(gaps.count_below_largest, trim=0, buckets=32))
+    with jax.set_mesh(mesh):
+        shares = divided(scores, mesh)
+        compiled = count.lower(shares).compile()
+        assert compiled(shares) == count(scores)
+    assert {exchange.kind for exchange in exchanged(compiled)} == {"all-reduce"}
+    assert max(max(exchange.sizes) for exchange in exchanged(compiled)) <= 4 * 32
+
+
 def applied(variables, x):
     layers = variables["params"]
     options = dict(
@@ -144,6 +158,32 @@ def test_removed_channels_are_cut_out_of_shares(kind):
         assert {exchange.kind for exchange in exchanges} == {"all-to-all"}
         share = 4 * 3 * 3 * 8 * 32 // 8  # bytes
         assert all(exchange.size <= share for exchange in exchanges)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    ("shape", "spec", "axis"),
+    [
+        ((32,), PartitionSpec(("x", "y")), 0),
+        ((2, 32), PartitionSpec("y", "x"), 1),
+    ],
+)
+def test_entries_pass_between_shares_where_no_other_axis_can_be_divided(kind, shape, spec, axis):
+    mesh = jax.make_mesh((4, 2), ("x", "y"), (kind,) * 2)
+    array = default_rng(0).normal(size=shape).astype(np.float32)
+    entries = np.r_[0:5, 13:24]
+    shares = jax.device_put(array, NamedSharding(mesh, spec))
+    found = trees.taken(shares, entries, axis)
+    assert_array_equal(found, array.take(entries, axis))
+    assert found.sharding.spec == spec
+    uneven = trees.taken(shares, entries[:7], axis)
+    assert_array_equal(uneven, array.take(entries[:7], axis))
+    if kind == AxisType.Explicit:
+        with jax.set_mesh(mesh):
+            taken = jax.jit(lambda array: trees.taken(array, entries, axis)).lower(shares).compile()
+        exchanges = exchanged(taken)
+        assert {exchange.kind for exchange in exchanges} == {"collective-permute"}
+        assert all(exchange.size <= 4 * array.size // 8 for exchange in exchanges)
 
 
 def test_sets_vectors_and_eigenvectors_of_shares():

@@ -131,6 +131,7 @@ FOLDERS = {
     ),
     "masks": (
         *("order", "probes", "digits", "search", "counts", "select", "thresholds"),
+        "gaps",
         "__init__",
     ),
     "polytopes": ("inside", "ksparse", "balls", "sets", "__init__"),

@@ -232,15 +232,28 @@ STAGES = dict(
     channels=pipeline.stage("cut", ratio=0.3, imp_samples=64, batch_size=32, measure="tfo"),
     compact=pipeline.stage("compact", repeats=0, batch_size=16),
     remove=pipeline.stage("remove", ratios="[0:0.25]"),
+    tried=pipeline.stage("oracle", ratios="[0:0.1]"),
     reinit=pipeline.stage("reinit"),
+    noise=pipeline.stage("noise", num=1),
     jacobian=pipeline.stage("jacobian", num_examples=16),
 )
 SEEDS = dict(sweep=dict(seed=(0, 1)))
+STREAMED = dict(
+    name="digits",
+    stream=True,
+    image_size=8,
+    normalization="none",
+    train_limit=64,
+    test_limit=50,
+)
 RUNS = {
     "curvature": divided("fit", "curve", "limit", "path", "rows", "hessian", "width", **STAGES),
     "channels": divided(
-        *("fit", "channels", "compact", "remove", "reinit", "jacobian", "weights"), **STAGES
+        *("fit", "channels", "compact", "remove", "tried", "reinit", "noise", "jacobian"),
+        "weights",
+        **STAGES,
     ),
+    "streamed": divided("fit", "curve", data=STREAMED),
     "members": divided("fit", "cut", "grow", **STAGES, **SEEDS),
     "scales": divided(
         "learn", learn=pipeline.stage("sfw_init", iterations=2, batch_size=16, constraint=tiny.BALL)

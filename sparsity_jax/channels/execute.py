@@ -64,7 +64,7 @@ class Alive(NamedTuple):
             if not kept.all():
                 symbolic.check_number(array.shape[position])
                 entries = np.flatnonzero(kept)
-                array = trees.undivided(array, position).take(entries, position)
+                array = trees.taken(array, entries, position)
         return array
 
     def zero(self, array: Any, value: Value, positions: Sequence[int]) -> Any:
