@@ -95,9 +95,13 @@ def assert_rows_close(rows: list[dict], others: list[dict]) -> None:
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory) -> pathlib.Path:
-    """The folder in which four processes have run all of `several.CASES`."""
+    """The folder in which four processes have run all of `several.CASES`, and gone on with a run
+    that one process had begun.
+    """
     folder = tmp_path_factory.mktemp("four")
     several.write_images(folder / "images")
+    several.begin(several.config_of("begun", folder), folder / "begun", 5)
+    assert checkpoint.newest(folder / "begun").progress.begun
     place = address()
     script = pathlib.Path(several.__file__)
     done = results([start(script, folder, place, 4, rank) for rank in range(4)])
@@ -118,6 +122,28 @@ def test_four_processes_have_the_numbers_of_one(four, tmp_path, case):
     for leaf, same in zip(first, leaves, strict=True):
         assert_allclose(leaf, same, rtol=CLOSE, atol=CLOSE)
     assert_rows_close(report.read_rows(four / case / report.METRICS), alone.rows)
+
+
+@thorough
+def test_a_divided_run_goes_on_in_four_processes_and_in_one(four):
+    folder = four / "begun"
+    saved = checkpoint.newest(folder)
+    epochs = [row for row in saved.progress.rows if "epoch" in row]
+    assert epochs
+    assert not saved.is_finished
+    goes_on = pipeline.run(several.config_of("begun", four), folder)
+    assert goes_on.rows[: len(saved.progress.rows)] == saved.progress.rows
+    assert_rows_close(goes_on.rows, report.read_rows(four / "divided" / report.METRICS))
+
+
+@thorough
+def test_a_run_starts_from_a_network_that_four_processes_divided_otherwise(four, tmp_path):
+    config = several.config_of("divided", four)
+    start = dict(pipeline=("curve",), start_from=str(four / "divided"), mesh=dict(params=4))
+    curve = pipeline.run({**config, **start}, tmp_path).rows
+    rows = report.read_rows(four / "divided" / report.METRICS)
+    for row, other in zip(curve, rows[-len(curve) :], strict=True):
+        assert_rows_close([dict(row, arm="fit")], [other])
 
 
 @thorough
@@ -407,7 +433,7 @@ def meet(folder: pathlib.Path, rank: int, place: str, hangs: int, **seconds) -> 
 
 
 @thorough
-def test_a_process_that_does_not_come_is_named_and_its_coming_helps(tmp_path):
+def test_a_process_that_does_not_come_or_hangs_is_named_by_the_others(tmp_path):
     alone = [meet(tmp_path / str(rank), rank, address(), -1, join=3) for rank in range(2)]
     started = time.monotonic()
     done = results(alone)
@@ -416,22 +442,16 @@ def test_a_process_that_does_not_come_is_named_and_its_coming_helps(tmp_path):
         assert code == 1
         assert "3 s (--join_seconds)" in last_line(text)
         assert f"process {1 - rank} did not come" in last_line(text)
-    place = address()
-    together = [meet(tmp_path / "0", rank, place, -1) for rank in range(2)]
-    assert results(together) == [(0, "")] * 2
-    assert not [*(tmp_path / "0").glob(".processes/*")]
 
-
-@thorough
-def test_a_process_that_hangs_is_named_by_all(tmp_path):
     place = address()
-    done = results([meet(tmp_path, rank, place, 0, step=4) for rank in range(2)])
+    done = results([meet(tmp_path / "0", rank, place, 0, step=4) for rank in range(2)])
     for code, text in done:
         assert code == 1
         assert "4 s (--step_seconds)" in last_line(text)
         assert f"process 0 on {socket.gethostname()} is behind" in last_line(text)
     assert " in hang" in done[0][1]
     assert " in hang" not in done[1][1]
+    assert not [*(tmp_path / "0").glob(".processes/*")]
 
 
 # Signals, kills -----------------------------------------------------------------------------------
