@@ -222,7 +222,9 @@ def _connect(notes: int, far: int, life: int, output: int, terminal: int) -> Non
     for descriptor in (notes, far, life, output, terminal):
         os.set_inheritable(descriptor, False)
     os.set_blocking(notes, False)
-    sys.stdout = open(output, "w", buffering=1)  # noqa: SIM115
+    encoding = sys.stdout.encoding
+    errors = sys.stdout.errors
+    sys.stdout = open(output, "w", buffering=1, encoding=encoding, errors=errors)  # noqa: SIM115
     sys.stderr = open(terminal, "w", buffering=1, errors="backslashreplace")  # noqa: SIM115
 
     def follow() -> None:
@@ -243,12 +245,14 @@ class _Lines:
     """Lines of text that comes in pieces."""
 
     def __init__(self) -> None:
-        self._rest = ""
+        self._rest = b""
 
     def of(self, data: bytes) -> list[str]:
         """Those that end with `data`; without data, what is left."""
-        *lines, self._rest = (self._rest + data.decode(errors="replace")).split("\n")
-        return lines if data or not self._rest else [self._rest]
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        if not data and self._rest:
+            lines = [self._rest]
+        return [line.decode(errors="replace") for line in lines]
 
 
 class _Watch:
@@ -260,7 +264,8 @@ class _Watch:
         self._folder = folder
         self._host = socket.gethostname()
         self._others = attendance.Attendance(folder, f"{self._host}-{os.getpid()}")
-        self._far = tempfile.TemporaryFile()  # noqa: SIM115
+        self._far = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
+        self._far.write(bytes(_FAR.size))  # so that a full disk is met here
         self._over = threading.Event()
         self._doing = STARTING
         self._since = time.monotonic()
@@ -329,9 +334,9 @@ class _Watch:
 
     def _how_far(self) -> tuple[int, int, int]:
         """Rank, number of processes, and how often the child has met them."""
-        data = os.pread(self._far.fileno(), _FAR.size, 0)
-        if data:
-            return _FAR.unpack(data)
+        rank, number, met = _FAR.unpack(os.pread(self._far.fileno(), _FAR.size, 0))
+        if met:
+            return rank, number, met
         if self._place == AUTOMATIC:
             return -1, 0, 0
         return self._place.rank, self._place.number, 0

@@ -277,7 +277,7 @@ def test_the_end_of_a_child_is_told(code, seconds, why):
         ("sys.exit('error: a mistake')", 1, "error: a mistake"),
         ("watch.note(watch.TOLD); print('told', file=sys.stderr); os.abort()", 1, "told"),
         ("os.write(2, b'seen'); sys.exit(3)", 3, "seen"),
-        ("os.write(1, b'[Gloo] Rank 0 is here\\n[Glow]'); sys.exit(0)", 0, "[Glow]"),
+        ("os.write(1, b'[Gloo] Rank 0 is here\\nGl\\xc3'); os.write(1, b'\\xb6')", 0, "Gl\u00f6"),
     ],
 )
 def test_nothing_is_added_where_a_child_has_told_its_end(code, expected, said):
