@@ -351,10 +351,11 @@ class _Watch:
             while self._child.poll() is None:
                 self._look(selector, _LOOK)
                 why = self._overdue()
-                if why:
+                if why and self._doing != JOINING:
                     self._hidden = False
                     self._child.send_signal(WHERE)
                     self._look(selector, _LOOK)
+                if why:
                     os.killpg(self._child.pid, signal.SIGKILL)
                     self._child.wait()
             while self._look(selector, 0):
@@ -470,9 +471,8 @@ class _Watch:
             sys.stderr.write("interrupted: ended without saving\n")
             return _INTERRUPTED
         reason = why or self._reason(code)
-        who = "this process"
-        if self._place != AUTOMATIC:
-            who = f"process {self._place.rank} of {self._place.number}"
+        rank, number, _ = self._how_far()
+        who = f"process {rank} of {number}" if number else "this process"
         sys.stderr.write(
             f"error: {who} {reason}. Once its cause is gone, the same commands go on from the last "
             "checkpoint.\n"

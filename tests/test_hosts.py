@@ -271,6 +271,15 @@ def test_the_end_of_a_child_is_told(code, seconds, why):
 
 
 @pytest.mark.parametrize(
+    ("code", "who"), [("", "this process"), ("watch.meet(2, 4); ", "process 2 of 4")]
+)
+def test_a_child_of_a_scheduler_has_the_number_that_it_was_told(code, who):
+    code = CHILD.format(f"{code}os.kill(os.getpid(), signal.SIGSEGV)")
+    ((_, text),) = results([start("-c", code, "--distributed=auto")])
+    assert last_line(text).startswith(f"error: {who} was ended by SIGSEGV")
+
+
+@pytest.mark.parametrize(
     ("code", "expected", "said"),
     [
         ("sys.exit(0)", 0, ""),
