@@ -110,6 +110,7 @@ def begin(place: watch.Place, limits: watch.Limits) -> None:
     address = place.address or None
     host, _, _ = place.address.rpartition(":")
     faulthandler.enable(2)  # where the runtime logs, see `watch`
+    faulthandler.register(watch.WHERE, file=2, all_threads=False)
     watch.note(watch.JOINING)
     try:
         jax.distributed.initialize(
@@ -167,6 +168,10 @@ def _note_compiling(event: str, *_: Any, **__: Any) -> None:
         watch.note(watch.STEP)
 
 
+def _meet() -> None:
+    watch.meet(jax.process_index(), jax.process_count())
+
+
 _looks = 0
 _lost_seconds = 0.0
 
@@ -179,6 +184,7 @@ def _all_stop() -> bool:
     """
     global _looks
     _looks += 1
+    _meet()
     watch.note(watch.STEP)
     if stopping.requested():
         os.kill(os.getpid(), signal.SIGTERM)
@@ -220,6 +226,7 @@ def agree(flag: bool) -> bool:
     """Whether the flag is set in some process; all must come by."""
     if not several():
         return flag
+    _meet()
     return bool(multihost_utils.process_allgather(np.array([flag])).any())
 
 
@@ -227,6 +234,7 @@ def of_first(value: int) -> int:
     """The value of the first process, below 2**31."""
     if not several():
         return value
+    _meet()
     return int(multihost_utils.broadcast_one_to_all(np.array(value, np.int32)))
 
 
@@ -234,6 +242,7 @@ def gathered(texts: Sequence[str]) -> list[str]:
     """The texts, one line each, of all processes, in their order."""
     if not several():
         return list(texts)
+    _meet()
     own = np.frombuffer("\n".join(texts).encode(), np.uint8)
     lengths = multihost_utils.process_allgather(np.array([own.size], np.int32)).ravel()
     if not lengths.any():
@@ -280,6 +289,7 @@ def check_alike(what: str, value: Any) -> None:
     """
     if not several():
         return
+    _meet()
     text = json.dumps(value, sort_keys=True)
     digest = np.array([zlib.crc32(text.encode())], np.uint32)
     every = multihost_utils.process_allgather(digest).ravel()

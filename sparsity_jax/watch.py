@@ -11,15 +11,20 @@ import re
 import select
 import selectors
 import signal
+import socket
+import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags
 
+from sparsity_jax import attendance
 from sparsity_jax.tables import ConfigError
 
 __all__ = [
@@ -30,10 +35,12 @@ __all__ = [
     "STEP",
     "TOLD",
     "VARIABLE",
+    "WHERE",
     "Limits",
     "Place",
     "begin",
     "define",
+    "meet",
     "note",
     "place_of",
     "read",
@@ -45,6 +52,11 @@ _FORMS = "off, auto, or HOST:PORT,NUMBER,RANK, e.g. 10.0.0.1:1234,2,0"
 _LOOK = 0.5  # seconds between two looks at the child
 _KEPT = 400  # lines of the runtime's log that are remembered
 _INTERRUPTED = 130  # exit code
+_FOLDER = ".processes"  # in the workdir, where those that wait say how far they are
+_CALLS = 20  # of that, while a process is waited for
+_PACE = 5.0  # most seconds between two of them
+_FAR = struct.Struct("=3q")  # rank, how many processes there are, how often this one has met them
+WHERE = signal.SIGUSR2  # asks a child to show where it is
 
 # What a child notes, one byte each
 STARTING = b"s"
@@ -145,6 +157,8 @@ def read(values: flags.FlagValues) -> tuple[Place | None, Limits]:
 # The child ----------------------------------------------------------------------------------------
 
 _notes: int | None = None  # file descriptor of the parent's pipe
+_far: int | None = None  # of a file that both have
+_met = 0
 
 
 def note(what: bytes) -> None:
@@ -152,6 +166,14 @@ def note(what: bytes) -> None:
     if _notes is not None:
         with contextlib.suppress(BlockingIOError, BrokenPipeError):
             os.write(_notes, what)
+
+
+def meet(rank: int, number: int) -> None:
+    """Process `rank` of `number` comes to where it meets the others, all in the same order."""
+    global _met
+    _met += 1
+    if _far is not None:
+        os.pwrite(_far, _FAR.pack(rank, number, _met), 0)
 
 
 def begin(arguments: Sequence[str]) -> None:
@@ -164,13 +186,18 @@ def begin(arguments: Sequence[str]) -> None:
         return
     known = flags.FlagValues()
     define(known)
+    for name in ("workdir", "member"):
+        flags.DEFINE_string(name, "", "", flag_values=known)
     try:
         known(["run", *_flags_in(arguments, known)], known_only=True)
         place, limits = read(known)
     except (flags.Error, ConfigError) as error:
         sys.exit(f"error: {error}")
-    if place is not None:
-        sys.exit(_Watch(place, limits).run())
+    if place is None:
+        return
+    given = known.flag_values_dict()
+    folder = Path(given["workdir"], f"{_FOLDER}{given['member']}")
+    sys.exit(_Watch(place, limits, folder).run())
 
 
 def _flags_in(arguments: Sequence[str], known: flags.FlagValues) -> Iterator[str]:
@@ -182,17 +209,22 @@ def _flags_in(arguments: Sequence[str], known: flags.FlagValues) -> Iterator[str
             yield argument if equals else f"{argument}={value}"
 
 
-def _connect(notes: int, life: int, terminal: int) -> None:
+def _connect(notes: int, far: int, life: int, output: int, terminal: int) -> None:
     """Makes this process one that is watched.
 
-    notes: where `note` writes. life: a pipe that ends with the parent. terminal: the standard error
-    of the command; the parent reads this process's own, where the runtime logs from C++.
+    notes: where `note` writes. far: a file where `meet` does. life: a pipe that ends with the
+    parent. output, terminal: the standard output and error of the command; the parent reads this
+    process's own, where the runtime writes from C++.
     """
-    global _notes
+    global _notes, _far
     _notes = notes
-    for descriptor in (notes, life, terminal):
+    _far = far
+    for descriptor in (notes, far, life, output, terminal):
         os.set_inheritable(descriptor, False)
     os.set_blocking(notes, False)
+    encoding = sys.stdout.encoding
+    errors = sys.stdout.errors
+    sys.stdout = open(output, "w", buffering=1, encoding=encoding, errors=errors)  # noqa: SIM115
     sys.stderr = open(terminal, "w", buffering=1, errors="backslashreplace")  # noqa: SIM115
 
     def follow() -> None:
@@ -209,12 +241,32 @@ _OF_RUNTIME = re.compile(r"[IWEF]\d{4} .*(coordination|preemption|distributed|cl
 _OF_LOG = re.compile(r"[IWEF]\d{4} \d\d:\d\d|\[Gloo\]")
 
 
-class _Watch:
-    """The life of a child."""
+class _Lines:
+    """Lines of text that comes in pieces."""
 
-    def __init__(self, place: Place, limits: Limits):
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def of(self, data: bytes) -> list[str]:
+        """Those that end with `data`; without data, what is left."""
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        if not data and self._rest:
+            lines = [self._rest]
+        return [line.decode(errors="replace") for line in lines]
+
+
+class _Watch:
+    """The life of a child. folder: where processes that wait say how far they are."""
+
+    def __init__(self, place: Place, limits: Limits, folder: Path):
         self._place = place
         self._limits = limits
+        self._folder = folder
+        self._host = socket.gethostname()
+        self._others = attendance.Attendance(folder, f"{self._host}-{os.getpid()}")
+        self._far = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
+        self._far.write(bytes(_FAR.size))  # so that a full disk is met here
+        self._over = threading.Event()
         self._doing = STARTING
         self._since = time.monotonic()
         self._alive = self._since
@@ -222,15 +274,17 @@ class _Watch:
         self._asked = 0  # signals
         self._log: list[str] = []  # what the runtime said
         self._hidden = False  # whether the line before was the runtime's
-        self._rest = ""  # of a line of the log
+        self._log_lines = _Lines()
+        self._output_lines = _Lines()
 
     def run(self) -> int:
         """Starts the child; its exit code, not zero where it did not end by itself."""
         notes, child_notes = os.pipe()
         child_life, life = os.pipe()
         log, child_log = os.pipe()
-        terminal = os.dup(2)
-        shared = (child_notes, child_life, terminal)
+        output, child_output = os.pipe()
+        far = os.dup(self._far.fileno())
+        shared = (child_notes, far, child_life, os.dup(1), os.dup(2))
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._hand_on)
@@ -238,14 +292,20 @@ class _Watch:
             [sys.executable, *sys.orig_argv[1:]],
             env={**os.environ, _CHILD: ",".join(map(str, shared))},
             pass_fds=shared,
+            stdout=child_output,
             stderr=child_log,
             start_new_session=True,  # signals of the terminal come through this process
         )
-        for descriptor in (*shared, child_log):
+        for descriptor in (*shared, child_output, child_log):
             os.close(descriptor)
-        why = self._wait(notes, log)
+        saying = threading.Thread(target=self._say, daemon=True)
+        saying.start()
+        why = self._wait(notes, output, log)
         os.close(life)
-        return self._ended(why)
+        code = self._ended(why)
+        self._over.set()
+        saying.join(_PACE)
+        return code
 
     def _hand_on(self, *_: Any) -> None:
         """A signal: the first one asks the run to save and end, the second ends it at once."""
@@ -255,17 +315,49 @@ class _Watch:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._child.pid, number)
 
-    def _wait(self, notes: int, log: int) -> str:
+    def _say(self) -> None:
+        """A thread, for a disk may hang: while the others are waited for, says how far this process
+        is.
+        """
+        patience = self._limits.step_seconds / 2
+        pace = min(_PACE, min(self._limits.join_seconds, patience) / _CALLS)
+        while not self._over.wait(pace):
+            waits = self._doing == JOINING or time.monotonic() - self._since > patience
+            if not waits:
+                self._others.leave()
+                continue
+            rank, _, met = self._how_far()
+            own = attendance.Sign(rank, self._host, met, self._doing in _LONG)
+            with contextlib.suppress(OSError):  # what the others say is then not known
+                self._others.call(own)
+        self._others.leave()
+
+    def _how_far(self) -> tuple[int, int, int]:
+        """Rank, number of processes, and how often the child has met them."""
+        rank, number, met = _FAR.unpack(os.pread(self._far.fileno(), _FAR.size, 0))
+        if met:
+            return rank, number, met
+        if self._place == AUTOMATIC:
+            return -1, 0, 0
+        return self._place.rank, self._place.number, 0
+
+    def _wait(self, notes: int, output: int, log: int) -> str:
         """Until the child has ended; why this process ended it, or ""."""
         why = ""
         with selectors.DefaultSelector() as selector:
             selector.register(notes, selectors.EVENT_READ, self._read_notes)
+            selector.register(output, selectors.EVENT_READ, self._read_output)
             selector.register(log, selectors.EVENT_READ, self._read_log)
             while self._child.poll() is None:
                 self._look(selector, _LOOK)
-                why = why or self._overdue()
+                why = self._overdue()
+                if why and self._doing != JOINING:
+                    self._hidden = False
+                    self._child.send_signal(WHERE)
+                    self._look(selector, _LOOK)
                 if why:
                     os.killpg(self._child.pid, signal.SIGKILL)
+                    self._child.wait()
             while self._look(selector, 0):
                 continue
         return why
@@ -290,16 +382,25 @@ class _Watch:
             self._doing = doing
             self._since = now
 
+    def _read_output(self, data: bytes) -> None:
+        """Hands on what the child prints, but for what its runtime does."""
+        for line in self._output_lines.of(data):
+            if _OF_RUNTIME.match(line):
+                self._keep(line)
+            else:
+                sys.stdout.write(f"{line}\n")
+                sys.stdout.flush()
+
+    def _keep(self, line: str) -> None:
+        self._log = [*self._log, line][-_KEPT:]
+
     def _read_log(self, data: bytes) -> None:
         """Shows what the child logs, but for what its runtime says of other processes."""
-        *lines, self._rest = (self._rest + data.decode(errors="replace")).split("\n")
-        if not data and self._rest:
-            lines = [self._rest]
-        for line in lines:
+        for line in self._log_lines.of(data):
             if _OF_LOG.match(line):
                 self._hidden = bool(_OF_RUNTIME.match(line))
             if self._hidden:
-                self._log = [*self._log, line][-_KEPT:]
+                self._keep(line)
             else:
                 sys.stderr.write(f"{line}\n")
 
@@ -317,15 +418,45 @@ class _Watch:
         limit = getattr(limits, name)
         if now - self._since <= limit:
             return ""
-        why = "it hangs, or waits for another process"
-        return f"finished no step for {limit:g} s (--{name}): {why}"
+        return f"finished no step for {limit:g} s (--{name}): {self._cause()}"
+
+    def _cause(self) -> str:
+        """Which process the others wait for, as far as this one knows."""
+        _, number, _ = self._how_far()
+        there = self._others.there()
+        if not there or not number:
+            return "it hangs, or waits for another process"
+        absent = attendance.absent(there, number)
+        if absent:
+            return f"of {attendance.told(absent)} there is no sign in {self._folder}"
+        behind = attendance.behind(there)
+        if not behind:
+            return "all processes are equally far, so that none is known to be the cause"
+        late = attendance.told([sign.rank for sign in behind])
+        names = sorted({sign.host for sign in behind})
+        verb = "is" if len(behind) == 1 else "are"
+        return f"{late} on {', '.join(names)} {verb} behind, and the others wait"
 
     def _not_joined(self) -> str:
         seconds = f"{self._limits.join_seconds:g} s (--join_seconds)"
         if self._place == AUTOMATIC:
-            return f"did not meet all other processes within {seconds}"
+            return f"did not meet all other processes within {seconds}{self._who_came()}"
         number = self._place.number
-        return f"met not all of {number} processes at {self._place.address} within {seconds}"
+        address = self._place.address
+        missing = self._who_came()
+        return f"met not all of {number} processes at {address} within {seconds}{missing}"
+
+    def _who_came(self) -> str:
+        """Which of the processes came, or which did not, as far as this one knows."""
+        there = self._others.there()
+        if not there:
+            return ""
+        if self._place == AUTOMATIC:
+            return f": {len(there)} came, on {', '.join(sorted({sign.host for sign in there}))}"
+        absent = attendance.absent(there, self._place.number)
+        if not absent:
+            return ": all came, but not all reach that address"
+        return f": {attendance.told(absent)} did not come"
 
     # The end
 
@@ -340,9 +471,8 @@ class _Watch:
             sys.stderr.write("interrupted: ended without saving\n")
             return _INTERRUPTED
         reason = why or self._reason(code)
-        who = "this process"
-        if self._place != AUTOMATIC:
-            who = f"process {self._place.rank} of {self._place.number}"
+        rank, number, _ = self._how_far()
+        who = f"process {rank} of {number}" if number else "this process"
         sys.stderr.write(
             f"error: {who} {reason}. Once its cause is gone, the same commands go on from the last "
             "checkpoint.\n"
@@ -354,8 +484,10 @@ class _Watch:
         log = "\n".join(self._log)
         lost = re.search(r"heartbeats\):\n([\d,\s]+)", log)
         lost = lost or re.search(r"Task (\d+) heartbeat timeout", log)
-        if lost:
-            number = " ".join(lost[1].split())
+        number = " ".join(lost[1].split()) if lost else ""
+        if re.search(r"DEADLINE_EXCEEDED.*\n+RPC: \S+/Heartbeat", log):
+            number = "0"  # whom all others tell that they live
+        if number:
             seconds = f"{self._limits.lost_seconds:g} s (--lost_seconds)"
             return f"ended: process {number} gave no sign of life for {seconds}, or has died"
         if "RegisterTask" in log:

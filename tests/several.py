@@ -2,8 +2,10 @@
 RANK`, see test_hosts.py.
 """
 
+import contextlib
 import pathlib
 import sys
+from unittest import mock
 
 import cv2
 import numpy as np
@@ -34,12 +36,33 @@ def config_of(case: str, folder: pathlib.Path) -> dict:
         mesh = dict(data=2, params=2)
         model = dict(name="mlp", widths=(64, 64))  # of which one kernel is worth dividing
         return tiny.config("fit", "curve", model=model, mesh=mesh, eval_batch_size=32)
+    if case == "begun":
+        return dict(config_of("divided", folder), steps_per_call=1)
     if case == "memory":
         return tiny.config("again", sweep=dict(seed=(0, 1)), checkpoint_seconds=0.0)
     skipping = dict(image_size=8, unreadable="skip", unreadable_share=0.3)
     images = dict(name=f"folder:{folder / 'images'}", stream=True, **skipping)
     turns = dict(seed=(0, 1), mode="loop")
     return tiny.config("again", data=images, eval_batch_size=8, sweep=turns)
+
+
+def begin(config: dict, workdir: pathlib.Path, looks: float) -> None:
+    """Runs until a stop, which this process asks for after so many looks."""
+    from sparsity_jax import pipeline, stopping
+
+    check = stopping.check
+    looked = 0
+
+    def counted() -> None:
+        nonlocal looked
+        looked += 1
+        if looked > looks:
+            stopping.request()
+        check()
+
+    with mock.patch.object(stopping, "check", counted), contextlib.suppress(KeyboardInterrupt):
+        pipeline.run(config, workdir)
+    stopping.clear()
 
 
 def refusal(config: dict, workdir: pathlib.Path) -> str:
@@ -72,6 +95,7 @@ def main(folder: str, address: str, number: str, rank: str) -> None:
             refusal(config, root / f"own_{rank}"),
             refusal({**config, "seed": int(rank)}, root / "differing"),
         ]
+        begin(config_of("begun", root), root / "begun", 0 if rank == "2" else np.inf)
     (root / f"refused_{rank}").write_text("\n".join(told))
     hosts.end()
 

@@ -18,7 +18,17 @@ import tiny
 from absl import flags
 from numpy.testing import assert_allclose, assert_array_equal
 
-from sparsity_jax import checkpoint, data, hosts, meshes, pipeline, report, stream, watch
+from sparsity_jax import (
+    attendance,
+    checkpoint,
+    data,
+    hosts,
+    meshes,
+    pipeline,
+    report,
+    stream,
+    watch,
+)
 
 QUICKLY = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 thorough = pytest.mark.skipif(
@@ -85,9 +95,13 @@ def assert_rows_close(rows: list[dict], others: list[dict]) -> None:
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory) -> pathlib.Path:
-    """The folder in which four processes have run all of `several.CASES`."""
+    """The folder in which four processes have run all of `several.CASES`, and gone on with a run
+    that one process had begun.
+    """
     folder = tmp_path_factory.mktemp("four")
     several.write_images(folder / "images")
+    several.begin(several.config_of("begun", folder), folder / "begun", 5)
+    assert checkpoint.newest(folder / "begun").progress.begun
     place = address()
     script = pathlib.Path(several.__file__)
     done = results([start(script, folder, place, 4, rank) for rank in range(4)])
@@ -108,6 +122,28 @@ def test_four_processes_have_the_numbers_of_one(four, tmp_path, case):
     for leaf, same in zip(first, leaves, strict=True):
         assert_allclose(leaf, same, rtol=CLOSE, atol=CLOSE)
     assert_rows_close(report.read_rows(four / case / report.METRICS), alone.rows)
+
+
+@thorough
+def test_a_divided_run_goes_on_in_four_processes_and_in_one(four):
+    folder = four / "begun"
+    saved = checkpoint.newest(folder)
+    epochs = [row for row in saved.progress.rows if "epoch" in row]
+    assert epochs
+    assert not saved.is_finished
+    goes_on = pipeline.run(several.config_of("begun", four), folder)
+    assert goes_on.rows[: len(saved.progress.rows)] == saved.progress.rows
+    assert_rows_close(goes_on.rows, report.read_rows(four / "divided" / report.METRICS))
+
+
+@thorough
+def test_a_run_starts_from_a_network_that_four_processes_divided_otherwise(four, tmp_path):
+    config = several.config_of("divided", four)
+    start = dict(pipeline=("curve",), start_from=str(four / "divided"), mesh=dict(params=4))
+    curve = pipeline.run({**config, **start}, tmp_path).rows
+    rows = report.read_rows(four / "divided" / report.METRICS)
+    for row, other in zip(curve, rows[-len(curve) :], strict=True):
+        assert_rows_close([dict(row, arm="fit")], [other])
 
 
 @thorough
@@ -201,6 +237,11 @@ LOST = (
     "os.write(2, b'E0101 00:00:00 1 coordination_service.cc:1] The following tasks are unhealthy "
     "(stopped sending heartbeats):\\n0\\nThe tasks have crashed.\\n'); os.abort()"
 )
+FIRST_LOST = (
+    "os.write(2, b'F0101 00:00:00 1 client.h:80] Terminating process because the JAX distributed "
+    "service detected fatal errors. absl::Status: DEADLINE_EXCEEDED: Deadline Exceeded\\n\\n"
+    "RPC: /xla.coordination.CoordinationService/Heartbeat\\n'); os.abort()"
+)
 
 
 def last_line(text: str) -> str:
@@ -216,6 +257,7 @@ def last_line(text: str) -> str:
         ("os.kill(os.getpid(), signal.SIGSTOP)", dict(lost=1), "no sign of life for 1 s"),
         ("os.kill(os.getpid(), signal.SIGSEGV)", {}, "process 1 of 2 was ended by SIGSEGV"),
         (LOST, {}, "process 0 gave no sign of life"),
+        (FIRST_LOST, {}, "process 0 gave no sign of life"),
     ],
 )
 def test_the_end_of_a_child_is_told(code, seconds, why):
@@ -229,12 +271,22 @@ def test_the_end_of_a_child_is_told(code, seconds, why):
 
 
 @pytest.mark.parametrize(
+    ("code", "who"), [("", "this process"), ("watch.meet(2, 4); ", "process 2 of 4")]
+)
+def test_a_child_of_a_scheduler_has_the_number_that_it_was_told(code, who):
+    code = CHILD.format(f"{code}os.kill(os.getpid(), signal.SIGSEGV)")
+    ((_, text),) = results([start("-c", code, "--distributed=auto")])
+    assert last_line(text).startswith(f"error: {who} was ended by SIGSEGV")
+
+
+@pytest.mark.parametrize(
     ("code", "expected", "said"),
     [
         ("sys.exit(0)", 0, ""),
         ("sys.exit('error: a mistake')", 1, "error: a mistake"),
         ("watch.note(watch.TOLD); print('told', file=sys.stderr); os.abort()", 1, "told"),
         ("os.write(2, b'seen'); sys.exit(3)", 3, "seen"),
+        ("os.write(1, b'[Gloo] Rank 0 is here\\nGl\\xc3'); os.write(1, b'\\xb6')", 0, "Gl\u00f6"),
     ],
 )
 def test_nothing_is_added_where_a_child_has_told_its_end(code, expected, said):
@@ -305,6 +357,112 @@ def test_the_environment_gives_the_default(monkeypatch):
     assert limits.lost_seconds == 5
 
 
+# Who is there -------------------------------------------------------------------------------------
+
+
+def sign(rank: int, met: int = 0, works: bool = False) -> attendance.Sign:
+    return attendance.Sign(rank, f"host{rank}", met, works)
+
+
+def test_who_is_there_is_known_from_files_that_change(tmp_path):
+    folder = tmp_path / "new" / "here"
+    first, second = (attendance.Attendance(folder, name) for name in "ab")
+    folder.mkdir(parents=True)
+    (folder / "old").write_text('[7, 2, "host2", 5, false]')  # of a process that was killed
+    (folder / "half").write_text("[7,")
+    for _ in range(3):
+        first.call(sign(0, met=4))
+        second.call(sign(1, met=5))
+    assert first.there() == second.there() == [sign(0, met=4), sign(1, met=5)]
+    assert attendance.absent(first.there(), 4) == [2, 3]
+    second.leave()
+    assert not second.there()
+    first.call(sign(0, met=4))
+    assert first.there() == [sign(0, met=4), sign(1, met=5)]  # until it waits no longer
+    first.leave()
+    assert sorted(path.name for path in folder.iterdir()) == ["half", "old"]
+
+
+def test_a_process_that_is_alone_leaves_nothing(tmp_path):
+    alone = attendance.Attendance(tmp_path / "here", "a")
+    alone.leave()
+    alone.call(sign(0))
+    alone.leave()
+    assert not (tmp_path / "here").exists()
+
+
+@pytest.mark.parametrize(
+    ("there", "late"),
+    [
+        ([sign(0, 4), sign(1, 3), sign(2, 5)], [1]),
+        ([sign(0, 4), sign(1, 3), sign(2, 3)], [1, 2]),
+        ([sign(0, 4), sign(1, 4, works=True)], [1]),
+        ([sign(0, 4, works=True), sign(1, 3)], [1]),
+        ([sign(0, 4), sign(1, 4)], []),
+        ([], []),
+    ],
+)
+def test_others_wait_for_those_that_are_behind(there, late):
+    assert [other.rank for other in attendance.behind(there)] == late
+
+
+MEETING = """
+import sys, time
+from sparsity_jax import watch
+
+watch.begin(sys.argv[1:])
+from absl import flags
+from sparsity_jax import hosts, stopping
+
+values = flags.FlagValues()
+watch.define(values)
+values(["run", *sys.argv[2:]])
+place, limits = watch.read(values)
+hosts.begin(place, limits)
+
+def hang():
+    time.sleep(100)
+
+for step in range(100):
+    stopping.check()
+    if step == 3 and place.rank == HANGS:
+        hang()
+    hosts.agree(False)
+hosts.end()
+"""
+
+
+def meet(folder: pathlib.Path, rank: int, place: str, hangs: int, **seconds) -> subprocess.Popen:
+    """One of two processes that meet a hundred times at `place`; `hangs`: the rank of one that does
+    not.
+    """
+    limits = [f"--{name}_seconds={value}" for name, value in seconds.items()]
+    code = MEETING.replace("HANGS", str(hangs))
+    return start("-c", code, f"--workdir={folder}", f"--distributed={place},2,{rank}", *limits)
+
+
+@thorough
+def test_a_process_that_does_not_come_or_hangs_is_named_by_the_others(tmp_path):
+    alone = [meet(tmp_path / str(rank), rank, address(), -1, join=3) for rank in range(2)]
+    started = time.monotonic()
+    done = results(alone)
+    assert time.monotonic() - started < 3 + 20
+    for rank, (code, text) in enumerate(done):
+        assert code == 1
+        assert "3 s (--join_seconds)" in last_line(text)
+        assert f"process {1 - rank} did not come" in last_line(text)
+
+    place = address()
+    done = results([meet(tmp_path / "0", rank, place, 0, step=4) for rank in range(2)])
+    for code, text in done:
+        assert code == 1
+        assert "4 s (--step_seconds)" in last_line(text)
+        assert f"process 0 on {socket.gethostname()} is behind" in last_line(text)
+    assert " in hang" in done[0][1]
+    assert " in hang" not in done[1][1]
+    assert not [*(tmp_path / "0").glob(".processes/*")]
+
+
 # Signals, kills -----------------------------------------------------------------------------------
 
 LONG = """
@@ -323,13 +481,17 @@ def get_config():
 
 
 def begin_run(folder: pathlib.Path, epochs: int, **seconds) -> list[subprocess.Popen]:
-    """Both processes of a run of so many epochs in `folder / "run"`, which has saved something."""
+    """Both processes of a run of so many epochs in `folder / "run"`, which has saved something; one
+    group, as a shell makes of a line.
+    """
     config = folder / "long.py"
     config.write_text(LONG.replace("EPOCHS", str(epochs)))
     place = address()
     limits = [f"--{name}_seconds={value}" for name, value in seconds.items()]
     common = ("-m", "sparsity_jax.run", "--config", config, "--workdir", folder / "run", *limits)
-    processes = [start(*common, f"--distributed={place},2,{rank}") for rank in range(2)]
+    first = start(*common, f"--distributed={place},2,0", process_group=0)
+    second = start(*common, f"--distributed={place},2,1", process_group=first.pid)
+    processes = [first, second]
     until = time.monotonic() + 200
     while not (folder / "run" / "checkpoints" / "1").is_dir():
         if time.monotonic() > until or any(process.poll() is not None for process in processes):
@@ -352,6 +514,20 @@ def test_a_signal_to_one_saves_and_ends_all_and_one_process_goes_on(tmp_path):
     alone = pipeline.run(config, tmp_path / "alone")
     assert goes_on.rows[: len(saved.progress.rows)] == saved.progress.rows
     assert_rows_close(goes_on.rows, alone.rows)
+
+
+@thorough
+def test_an_interrupt_from_the_terminal_saves_once_and_ends_all(tmp_path):
+    processes = begin_run(tmp_path, 100_000)
+    os.killpg(processes[0].pid, signal.SIGINT)
+    done = results(processes)
+    assert [code for code, _ in done] == [130, 130], done
+    for _, text in done:
+        assert last_line(text).startswith("interrupted: the same command continues")
+        assert "Gloo" not in text
+    saved = checkpoint.newest(tmp_path / "run")
+    assert saved.progress.begun
+    assert not [*(tmp_path / "run").glob(".processes")]
 
 
 def child_of(process: subprocess.Popen) -> int:

@@ -22,6 +22,7 @@ NUMERICS = (
         "precision",
         "stopping",
         "tables",
+        "attendance",
         "watch",
         "hosts",
         "platforms",

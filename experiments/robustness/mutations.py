@@ -3270,6 +3270,26 @@ MUTATIONS = (
         "test_launching.py",
         "changes_of_a_folder",
     ),
+    Mutation(
+        855,
+        "flipped comparison",
+        "a process that a stopped one holds up is named as the cause",
+        "attendance.py",
+        "least = min(places, default=None)",
+        "least = max(places, default=None)",
+        "test_hosts.py",
+        "others_wait_for_those_that_are_behind",
+    ),
+    Mutation(
+        856,
+        "dropped condition",
+        "a file that a killed process left counts as a process that came",
+        "attendance.py",
+        "if text != before:",
+        "if text:",
+        "test_hosts.py",
+        "who_is_there_is_known_from_files_that_change",
+    ),
 )
 
 
