@@ -27,7 +27,10 @@ from sparsity_jax import (
 from sparsity_jax.channels import execute, rules
 
 ROOT = tiny.ROOT
-PAGES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/**/*.md"))
+WRITTEN = [  # pages that are made of a notebook are as old as its last execution
+    path for path in ROOT.glob("docs/**/*.md") if not path.with_suffix(".py").exists()
+]
+PAGES = sorted(str(path.relative_to(ROOT)) for path in WRITTEN)
 DOCUMENTS = ("README.md", *PAGES, "experiments/LEDGER.md")
 STUDIES = tuple(
     sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("experiments/*/README.md"))
