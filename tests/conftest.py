@@ -66,6 +66,17 @@ def compiling(options: list[tuple]):
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def processes_compile_quickly():
+    """Those that tests start; this one has read its own flags by then."""
+    import tiny
+
+    flags = f"{os.environ['XLA_FLAGS']} {tiny.flags()}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XLA_FLAGS", flags)
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
 def as_this_file_wants(request):
     """Compiles quickly and for this machine only, for most of a test's time is compilation, and

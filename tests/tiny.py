@@ -6,7 +6,6 @@ import functools
 import html
 import importlib.util
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -133,24 +132,16 @@ def quickly() -> list[tuple]:
     return [option for option in QUICKLY if is_known(*option)]
 
 
-def flags(before: str = "") -> str:
-    """XLA_FLAGS of a process that compiles quickly; before: others."""
-    own = [f"--{name}={str(value).lower()}" for name, value in quickly()]
-    return " ".join([before, *own])
+def flags() -> str:
+    """XLA_FLAGS of a process that compiles quickly."""
+    return " ".join(f"--{name}={str(value).lower()}" for name, value in quickly())
 
 
-def python(
-    *arguments, cwd: pathlib.Path = ROOT, env: dict[str, str] | None = None, **options
-) -> subprocess.CompletedProcess:
-    """What a Python process with these arguments printed and returned; it must end in time, and
-    compiles quickly.
-    """
-    environment = dict(os.environ if env is None else env)
-    environment["XLA_FLAGS"] = flags(environment.get("XLA_FLAGS", ""))
+def python(*arguments, cwd: pathlib.Path = ROOT, **options) -> subprocess.CompletedProcess:
+    """What a Python process with these arguments printed and returned; it must end in time."""
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=cwd,
-        env=environment,
         capture_output=True,
         text=True,
         timeout=240,
