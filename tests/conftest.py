@@ -33,12 +33,6 @@ hypothesis.settings.load_profile("suite")
 
 
 KEPT = 2.5e9  # bytes of a process above which it drops its compiled programs
-QUICKLY = [  # XLA_FLAGS could not choose per file
-    ("xla_backend_optimization_level", 0),
-    ("xla_llvm_disable_expensive_passes", True),
-    ("xla_cpu_use_fusion_emitters", False),
-    ("xla_cpu_parallel_codegen_split_count", 1),
-]
 
 
 def pytest_collection_finish():
@@ -54,24 +48,11 @@ def resident_bytes() -> float:
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
-@functools.cache
-def is_known(name: str, value: int | bool) -> bool:
-    """Whether this version of XLA has the option; all that it lacks is speed."""
-    import jax  # after the settings above
-
-    try:
-        jax.jit(lambda x: x, compiler_options={name: value}).lower(1.0).compile()
-    except jax.errors.JaxRuntimeError:
-        return False
-    return True
-
-
 @contextlib.contextmanager
 def compiling(options: list[tuple]):
     """With these options of the compiler, which no public setting has for all programs."""
     from jax._src import compiler
 
-    options = [option for option in options if is_known(*option)]
     make = inspect.unwrap(compiler.get_compile_options)
 
     @functools.wraps(make)
@@ -82,6 +63,17 @@ def compiling(options: list[tuple]):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiler, "get_compile_options", made)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def processes_compile_quickly():
+    """Those that tests start; this one has read its own flags by then."""
+    import tiny
+
+    flags = f"{os.environ['XLA_FLAGS']} {tiny.flags()}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XLA_FLAGS", flags)
         yield
 
 
@@ -102,7 +94,7 @@ def as_this_file_wants(request):
         gc.collect()
     drawn = getattr(request.module, "PAGES", False)
     own_devices = platforms.using(platforms.own())
-    with compiling(QUICKLY), tiny.pages(drawn), tiny.same_programs(), own_devices:
+    with compiling(tiny.quickly()), tiny.pages(drawn), tiny.same_programs(), own_devices:
         yield
 
 

@@ -49,14 +49,12 @@ def command_of(workdir, arguments, config):
 
 
 def start(workdir, *arguments, config="configs/quickstart.py"):
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    # the same programs again and again, and short ones
-    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    # the same programs again and again, and short ones, on one device
+    quick = dict(XLA_FLAGS=tiny.flags(), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")
     return subprocess.Popen(
         command_of(workdir, arguments, config),
         cwd=ROOT,
-        env=environment,
+        env=os.environ | quick,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import html
 import importlib.util
 import json
@@ -41,6 +42,12 @@ SGD = optim.settings("sgd", learning_rate=0.1)
 SFW = optim.settings("sfw", learning_rate=0.5, constraint=POLYTOPE)
 BALL = dict(name="l2", tau=15.0)  # quick to compile
 IN_BALL = dict(SFW, constraint=BALL)
+QUICKLY = (  # options of XLA, for most of a test's time is compilation
+    ("xla_backend_optimization_level", 0),
+    ("xla_llvm_disable_expensive_passes", True),
+    ("xla_cpu_use_fusion_emitters", False),
+    ("xla_cpu_parallel_codegen_split_count", 1),
+)
 
 
 def module(path: str):
@@ -108,6 +115,26 @@ def config(*names: str, **fields) -> dict:
         "pipeline": names,
     }
     return copy.deepcopy(made | fields)
+
+
+@functools.cache
+def is_known(name: str, value: int | bool) -> bool:
+    """Whether this version of XLA has the option; all that it lacks is speed."""
+    try:
+        jax.jit(lambda x: x, compiler_options={name: value}).lower(1.0).compile()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
+
+
+def quickly() -> list[tuple]:
+    """Options with which this version of XLA compiles in little time."""
+    return [option for option in QUICKLY if is_known(*option)]
+
+
+def flags() -> str:
+    """XLA_FLAGS of a process that compiles quickly."""
+    return " ".join(f"--{name}={str(value).lower()}" for name, value in quickly())
 
 
 def python(*arguments, cwd: pathlib.Path = ROOT, **options) -> subprocess.CompletedProcess:
