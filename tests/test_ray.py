@@ -115,11 +115,8 @@ def long_config(rates, **fields):
 
 @pytest.fixture(scope="module")
 def alone(cluster, tmp_path_factory):
-    """The rows of one process, compiled as workers compile, by learning rate."""
-    from conftest import compiling
-
-    with compiling([]):
-        outcome = pipeline.run(long_config((0.1, 0.05, 0.02)), tmp_path_factory.mktemp("alone"))
+    """The rows of one process, by learning rate."""
+    outcome = pipeline.run(long_config((0.1, 0.05, 0.02)), tmp_path_factory.mktemp("alone"))
     rows = tiny.read_back(tiny.timeless(outcome.rows))
     field = "fit.optimizer.learning_rate"
     return {rate: [row for row in rows if row[field] == rate] for rate in (0.1, 0.05, 0.02)}
@@ -298,10 +295,7 @@ def test_groups_with_parts_of_a_file_of_ones_own(cluster, tmp_path):
     rates = dict(learning_rate=(0.1, 0.05))
     config = tiny.config("fit", sweep=dict(seed=(0, 1), fit=dict(optimizer=rates, epochs=(1, 2))))
     config["fit"]["loss"] = dict(name="halved")
-    from conftest import compiling
-
-    with compiling([]):
-        expected = pipeline.run(config, tmp_path / "alone").rows
+    expected = pipeline.run(config, tmp_path / "alone").rows
     rows = launch.run(config, tmp_path / "ray", address=cluster.address)
     assert tiny.timeless(rows) == tiny.timeless(expected)
     logs = sorted(path.parent.name for path in tmp_path.glob("ray/member_*/log.txt"))
