@@ -1,4 +1,5 @@
-"""Executes the tutorials and writes them as pages: `python experiments/run_tutorials.py [NAME]`.
+"""Executes the tutorials and writes them as pages: `python experiments/run_tutorials.py [NAME]`,
+with `--jobs 2` two at a time.
 
 docs/tutorials/NAME.py is a notebook in percent format. It runs in an empty folder of its own; one
 with a cell that raises or warns is no page. Beside it come NAME.md, which the documentation site
@@ -9,6 +10,7 @@ its outputs are stored in docs/tutorials/stored/ to be committed; elsewhere thos
 """
 
 import argparse
+import concurrent.futures
 import os
 import pathlib
 import subprocess
@@ -98,23 +100,31 @@ def sources(notebook: nbformat.NotebookNode) -> list[str]:
     return [cell.source for cell in notebook.cells]
 
 
+def make(name: str) -> None:
+    """Executes a tutorial and writes its page; SystemExit where it warns."""
+    start = time.monotonic()
+    notebook = execute(FOLDER / f"{name}.py")
+    if lines := list(warned(notebook)):
+        raise SystemExit(f"{name} warns: {lines}")
+    if name in ON_GPU:
+        notebook = of_a_gpu(notebook, name)
+    write(notebook, name)
+    print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Executes tutorials and writes them as pages.")
     known = sorted(path.stem for path in FOLDER.glob("*.py"))
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(known)}")
-    names = parser.parse_args().names or known
+    parser.add_argument("--jobs", type=int, default=1, help="how many at a time")
+    options = parser.parse_args()
+    names = options.names or known
     here = str(pathlib.Path(sys.executable).parent)
     os.environ["PATH"] = os.pathsep.join([here, os.environ["PATH"]])  # for `sparsity-jax`
     begin = time.monotonic()
-    for name in names:
-        start = time.monotonic()
-        notebook = execute(FOLDER / f"{name}.py")
-        if lines := list(warned(notebook)):
-            sys.exit(f"{name} warns: {lines}")
-        if name in ON_GPU:
-            notebook = of_a_gpu(notebook, name)
-        write(notebook, name)
-        print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
+    with concurrent.futures.ThreadPoolExecutor(options.jobs) as threads:
+        for _ in threads.map(make, names):
+            continue
     print(f"{len(names)} tutorials: {time.monotonic() - begin:.0f} s")
 
 
