@@ -32,8 +32,10 @@ class _Gap(NamedTuple):
 
     def or_larger(self, other: "_Gap") -> "_Gap":
         """The other one where that is larger."""
-        larger = other.size > self.size
-        return _Gap(*[jnp.where(larger, new, old) for new, old in zip(other, self)])
+        is_larger = other.size > self.size
+        size = jnp.where(is_larger, other.size, self.size)
+        lower = jnp.where(is_larger, other.lower, self.lower)
+        return _Gap(size, lower)
 
 
 class _Search(NamedTuple):
@@ -54,58 +56,82 @@ def count_below_largest(scores: Array, trim: int, *, buckets: int = _BUCKETS) ->
     After the search for both ends, at most 6 + 1.25 n / buckets windows pass over all n scores: so
     many where all gaps are equal, a handful where a few million scores are drawn at random.
     """
-    values = lax.stop_gradient(trees.widen(scores))
-    count = functools.partial(_count, trim=trim, buckets=min(buckets, 2 * values.size))
-    if any(trees.division(values)):  # every device fills buckets from its share
-        count = jax.sharding.auto_axes(count, out_sharding=PartitionSpec())
+    wide = trees.widen(scores)
+    values = lax.stop_gradient(wide)
+    buckets = min(buckets, 2 * values.size)
+    count = functools.partial(_count, trim=trim, buckets=buckets)
+    is_divided = any(trees.division(values))
+    if is_divided:  # every device fills buckets from its share
+        whole = PartitionSpec()
+        count = jax.sharding.auto_axes(count, out_sharding=whole)
     return count(values)
 
 
 @functools.partial(platforms.compiled, static_argnames=("trim", "buckets"))
 def _count(scores: Array, trim: int, buckets: int) -> Array:
-    scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
+    is_unknown = jnp.isnan(scores)
+    scores = jnp.where(is_unknown, -jnp.inf, scores)
     scores = _normal(scores)
     first, last = _ends(scores, trim)
     span = _span(scores, first, last)
-    surely = span / (scores.size - 1)
+    mean = span / (scores.size - 1)
     coarse = _look(scores, first, last, buckets, buckets / span)
-    surely = jnp.maximum(surely, coarse.widest.size)
+    surely = jnp.maximum(mean, coarse.widest.size)
 
     def look(search: _Search) -> _Search:
         known = jnp.maximum(surely, search.widest.size)
-        start, widest = _look(scores, search.start, last, buckets, _NARROWER / known)
-        return _Search(start, search.widest.or_larger(widest))
+        density = _NARROWER / known
+        start, widest = _look(scores, search.start, last, buckets, density)
+        so_far = search.widest.or_larger(widest)
+        return _Search(start, so_far)
 
-    none = _Gap(jnp.zeros_like(first), first)
-    unfinished = lambda search: search.start < last
-    found = lax.while_loop(unfinished, look, _Search(first, none))
-    below = lambda x: (x <= found.widest.lower).astype(jnp.int32)
-    number = trees.fold_sum(below, scores)
-    return jnp.where(found.widest.size > 0, number, trim + 1)
+    def is_unfinished(search: _Search) -> Array:
+        return search.start < last
+
+    nothing = jnp.zeros_like(first)
+    begin = _Search(first, _Gap(nothing, first))
+    end = lax.while_loop(is_unfinished, look, begin)
+    widest = end.widest
+
+    def is_below(x: Array) -> Array:
+        below = x <= widest.lower
+        return below.astype(jnp.int32)
+
+    number = trees.fold_sum(is_below, scores)
+    return jnp.where(widest.size > 0, number, trim + 1)
 
 
 def _ends(scores: Array, trim: int) -> tuple[Array, Array]:
     """The least and the greatest score that is compared."""
     if not trim:
         return jnp.min(scores), jnp.max(scores)
-    return tuple(kth_largest(scores, jnp.array([scores.size - trim, trim + 1])))
+    ranks = jnp.array([scores.size - trim, trim + 1])
+    first, last = kth_largest(scores, ranks)
+    return first, last
 
 
 def _normal(x: Array) -> Array:
     """Subnormals as zero, on every device alike."""
-    return jnp.where(jnp.abs(x) < jnp.finfo(x.dtype).tiny, 0, x)
+    tiny = jnp.finfo(x.dtype).tiny
+    is_subnormal = jnp.abs(x) < tiny
+    return jnp.where(is_subnormal, 0, x)
 
 
 def _span(scores: Array, first: Array, last: Array) -> Array:
     """From the least to the greatest finite score between two, at most the largest number."""
 
     def or_else(other: float) -> Callable:
-        inside = lambda x: (x >= first) & (x <= last) & jnp.isfinite(x)
-        return lambda x: jnp.where(inside(x), x, other)
+        def of(x: Array) -> Array:
+            is_between = (x >= first) & (x <= last)
+            is_counted = is_between & jnp.isfinite(x)
+            return jnp.where(is_counted, x, other)
+
+        return of
 
     least = trees.fold(jnp.minimum, jnp.min, or_else(jnp.inf), scores)
     most = trees.fold(jnp.maximum, jnp.max, or_else(-jnp.inf), scores)
-    return jnp.clip(most - least, 0, jnp.finfo(scores.dtype).max)
+    largest = jnp.finfo(scores.dtype).max
+    return jnp.clip(most - least, 0, largest)
 
 
 def _look(scores: Array, start: Array, last: Array, buckets: int, density: Array) -> _Search:
@@ -116,18 +142,25 @@ def _look(scores: Array, start: Array, last: Array, buckets: int, density: Array
     """
     tiny = jnp.finfo(scores.dtype).tiny
     density = jnp.clip(density, 2 * tiny, _NARROWER / tiny)
-    compared = (scores > start) & (scores <= last)
-    places = jnp.where(compared, (scores - start) * density, 0)
-    behind = places >= buckets
-    following = jnp.min(scores, where=behind, initial=jnp.inf)
-    # those outside are dropped
-    places = jnp.where(compared & ~behind, places, buckets).astype(jnp.int32)
-    empty = jnp.full(buckets, jnp.inf, scores.dtype)
-    least = empty.at[places].min(scores, mode="drop")
-    most = (-empty).at[places].max(scores, mode="drop")
+    is_compared = (scores > start) & (scores <= last)
+    distances = scores - start
+    places = jnp.where(is_compared, distances * density, 0)
+    is_behind = places >= buckets
+    following = jnp.min(scores, where=is_behind, initial=jnp.inf)
+    is_inside = is_compared & ~is_behind
+    places = jnp.where(is_inside, places, buckets)  # where those outside are dropped
+    places = places.astype(jnp.int32)
+    none = jnp.full(buckets, jnp.inf, scores.dtype)
+    least = none.at[places].min(scores, mode="drop")
+    none = -none
+    most = none.at[places].max(scores, mode="drop")
     upper = jnp.append(least, following)
-    lower = lax.cummax(jnp.append(start, most))
-    found = jnp.append(least <= most, following <= last)
-    sizes = jnp.where(found, _normal(upper - lower), 0)
+    before = jnp.append(start, most)
+    lower = lax.cummax(before)
+    is_filled = least <= most
+    is_found = jnp.append(is_filled, following <= last)
+    sizes = _normal(upper - lower)
+    sizes = jnp.where(is_found, sizes, 0)
     place = jnp.argmax(sizes)
-    return _Search(following, _Gap(sizes[place], lower[place]))
+    widest = _Gap(sizes[place], lower[place])
+    return _Search(following, widest)
