@@ -63,9 +63,10 @@ class Source:
 
 def _is_left_out(name: str, besides: str) -> bool:
     """Whether a file is below `besides`, of this folder alone, or not written to its end."""
-    first, *_ = parts = name.split("/")
+    parts = name.split("/")
+    is_besides = parts[0] == besides
     is_part = any(part.startswith(".") for part in parts)
-    return first == besides or is_part or name in _STAYING
+    return is_besides or is_part or name in _STAYING
 
 
 def apply(folder: Path, changes: Changes) -> None:
@@ -87,7 +88,9 @@ def apply(folder: Path, changes: Changes) -> None:
     for number, files in sorted(of_checkpoints.items()):
         _write_checkpoint(checkpoints, number, files)
     newest = max(changes.checkpoints, default=0)  # a worker that has none yet removes none
-    for number in set(workdirs.numbers_in(checkpoints)) - set(changes.checkpoints):
+    here = set(workdirs.numbers_in(checkpoints))
+    gone = here - set(changes.checkpoints)
+    for number in gone:
         if number < newest:
             shutil.rmtree(checkpoints / str(number), ignore_errors=True)
 
