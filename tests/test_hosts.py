@@ -30,7 +30,6 @@ from sparsity_jax import (
     watch,
 )
 
-QUICKLY = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 thorough = pytest.mark.skipif(
     not os.environ.get("SPARSITY_JAX_HOSTS"), reason="takes long: with SPARSITY_JAX_HOSTS=1"
 )
@@ -46,13 +45,17 @@ def address() -> str:
         return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
+def environment() -> dict[str, str]:
+    """That of a process with one CPU device."""
+    return {**os.environ, "XLA_FLAGS": tiny.flags(), "PYTHONPATH": PATHS}
+
+
 def start(*arguments, **options) -> subprocess.Popen:
     """A Python process with one CPU device."""
-    environment = {**os.environ, "XLA_FLAGS": QUICKLY, "PYTHONPATH": PATHS}
     return subprocess.Popen(
         [sys.executable, *map(str, arguments)],
         cwd=tiny.ROOT,
-        env=environment,
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -567,8 +570,7 @@ def test_the_page_is_true(tmp_path):
     command = block.replace("sparsity-jax run", python).replace(
         " --distributed", f" {few} --distributed"
     )
-    environment = {**os.environ, "XLA_FLAGS": QUICKLY, "PYTHONPATH": PATHS}
-    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, check=False)
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment(), check=False)
     assert done.returncode == 0
     rows = report.read_rows(tmp_path / "runs" / "two" / report.METRICS)
     assert {row["stage"] for row in rows} == {"fit_sfw", "curve", "weights", "fit_sgd"}
